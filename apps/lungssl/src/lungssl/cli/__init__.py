@@ -1,0 +1,113 @@
+"""The `lungssl` command. A verb is one file here and one line in VERBS.
+
+This module and the verbs' modules import only typer at their top; what is heavy is imported inside the functions, so
+that `--help`, a misspelt option and a wrong recipe name answer at once. A verb's function takes annotated options, has
+a docstring with an example line, raises ConfigError or DataError (`errors.py`), and leaves exit codes to `main`.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lungssl.errors import INTERRUPTED, OK, USAGE, explain
+
+VERBS: dict[str, str] = {
+    "pretrain": "lungssl.cli.pretrain:pretrain",
+    "list": "lungssl.cli.names:list_names",
+    "config": "lungssl.cli.config:app",
+    "doctor": "lungssl.cli.doctor:doctor",
+}
+"""Verb -> "module:function", or "module:app" for a `new_app()` with verbs of its own; in the order of `--help`."""
+
+BANNER = "Self-supervised pretraining on exhale/inhale lung CT pairs. Research use only, not for clinical decisions."
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """A Typer without rich: its help takes 0.3 s of CPU, plain help 0.1 s (`ecosystem.md` 2.1)."""
+    return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, **options)
+
+
+class _Verbs(TyperGroup):
+    """Finds commands in VERBS, importing a verb's module only when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            self.commands = dict.fromkeys(VERBS)  # what Typer draws its "did you mean" from
+            return None
+        module, _, attribute = VERBS[cmd_name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        app = found
+        if not isinstance(found, typer.Typer):
+            app = new_app()
+            app.command(cmd_name)(found)
+        command = typer.main.get_command(app)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=_Verbs, help=BANNER, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, name="lungssl"
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"lungssl {version('lungssl')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: lungssl pretrain dino_vit_nano --out runs/a train.steps=200")
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works after a verb, too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (`errors.py`): 0 ok, 2 usage, 3 data, 4 memory, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        result = typer.main.get_command(app).main(words, prog_name="lungssl", standalone_mode=False)
+        sys.stdout.flush()
+        if result == INTERRUPTED:  # Typer's word for KeyboardInterrupt
+            print("error: interrupted", file=sys.stderr)
+        return result if isinstance(result, int) else OK
+    except typer.TyperException as error:
+        return _usage(error)
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `lungssl list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        code, text = explain(error)
+        print(f"error: {text}", file=sys.stderr)
+        return code
+
+
+def _usage(error: Any) -> int:
+    """A command line that Typer cannot make sense of."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        return USAGE
+    text = " ".join(error.format_message().split()).rstrip(".")
+    hint = f"; see `{context.command_path} --help`" if context is not None else ""
+    print(f"error: {text}{hint}", file=sys.stderr)
+    return USAGE

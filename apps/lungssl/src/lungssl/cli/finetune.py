@@ -1,0 +1,57 @@
+"""`lungssl finetune`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def finetune(
+    task: Annotated[Literal["segment"], typer.Argument(help="What for.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=500 task.freeze_encoder=true")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="A pretraining run, an encoder.safetensors, or `none` for random weights.")
+    ] = "none",
+    data: Annotated[Path | None, typer.Option(help="Pair cache with labels; without it the phantoms.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. Needed unless --dry-run.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or .yaml file; finetune/TASK by default.")] = None,
+    labels: Annotated[int | None, typer.Option(min=1, help="Labelled patients to learn from; all by default.")] = None,
+    draw: Annotated[int, typer.Option(min=0, help="Which draw of so many patients.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build all, make two steps, print time and memory, write nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Fine-tune an encoder for lobe segmentation on a few labelled patients.
+
+    The model goes to RUN/export/model; use it with `lungssl segment --model RUN`.
+
+    Example: lungssl finetune segment --encoder runs/a --data cohort-cache --out runs/lobes --labels 5
+    """
+    from lungssl.config import load_recipe
+    from lungssl.errors import ConfigError
+
+    if out is None and not dry_run:
+        raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; give one")
+    loaded = load_recipe(recipe or f"finetune/{task}", overrides or [])
+
+    from lungssl import finetuning
+
+    if data is None:
+        from lungssl.cohort import builtin_cohort
+
+        data = builtin_cohort()
+    seen = finetuning.Labels(patients=labels, draw=draw)
+    weights = None if encoder == "none" else finetuning.encoder_file(Path(encoder))
+    if dry_run:
+        print(finetuning.dry_run(loaded, data=data, encoder=weights, labels=seen, device=device))
+    elif out is not None:
+        finetuning.finetune_segment(
+            loaded, data=data, out=out, encoder=weights, labels=seen, device=device, resume=resume, overwrite=overwrite
+        )

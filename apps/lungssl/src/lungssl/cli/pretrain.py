@@ -1,0 +1,45 @@
+"""`lungssl pretrain`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A name of `lungssl list recipes`, or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=200 method.pairs=cross")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Pair cache; without it the built-in phantom cohort.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. Needed unless --dry-run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build all, make two steps, print time and memory, write nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Pretrain an encoder without labels.
+
+    Example: lungssl pretrain dino_vit_nano --out runs/a train.steps=200
+    """
+    from lungssl.config import load_recipe
+    from lungssl.errors import ConfigError
+
+    if out is None and not dry_run:
+        raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; give one")
+    resolved = load_recipe(recipe, overrides or [])
+
+    from lungssl import pretraining
+
+    if data is None:
+        from lungssl.cohort import builtin_cohort
+
+        data = builtin_cohort()
+    if dry_run:
+        print(pretraining.dry_run(resolved, data=data, device=device))
+    elif out is not None:
+        pretraining.pretrain(resolved, data=data, out=out, device=device, resume=resume, overwrite=overwrite)

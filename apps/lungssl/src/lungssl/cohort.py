@@ -1,0 +1,118 @@
+"""The built-in cohort: phantoms of many patients, made once, kept in the user's cache folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lungssl_data.pair import PhasePair, Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortConfig:
+    """Which phantoms make a cohort."""
+
+    patients: int = 20
+    """Seeds 0, 1, ...; see `preset_of`."""
+    spacing_mm: float = 4.0
+    """Voxel size of the phantoms and of the cache: both lungs in a 64-voxel crop, seconds a patient."""
+    texture_rho: float = 0.5
+    """Share of the texture that both phases have in common: at 1 dense methods could match identical noise
+    (`domain.md` D2), so the demo runs at one half."""
+    seed: int = 0
+    """First phantom's seed."""
+
+    def name(self) -> str:
+        """Folder name: a new one for every other cohort."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"phantoms-{self.patients}x{self.spacing_mm:g}mm-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def preset_of(seed: int) -> Literal["deep", "ards"]:
+    """How a cohort's patient breathes: every third is ventilated ARDS."""
+    return "ards" if seed % 3 == 2 else "deep"
+
+
+def user_cache_folder() -> Path:
+    """$LUNGSSL_CACHE, else the platform's usual place ($XDG_CACHE_HOME or ~/.cache) + `lungssl`."""
+    if folder := os.environ.get("LUNGSSL_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lungssl"
+
+
+def builtin_cohort(config: CohortConfig | None = None, *, say: Callable[[str], None] = print) -> Path:
+    """Folder of the built-in cohort's cache; makes what is missing."""
+    config = config or CohortConfig()
+    folder = user_cache_folder() / config.name()
+    for line in make_cohort(config, folder):
+        say(line)
+    return folder
+
+
+def make_cohort(config: CohortConfig, folder: Path) -> Iterator[str]:
+    """Make the phantoms that `folder` lacks; yields a line for each one made."""
+    from lungssl_data.cache import write_pair
+    from lungssl_data.phantom import PhantomConfig, make_phantom
+    from lungssl_data.splits import assign_splits
+
+    names = [f"phantom{config.seed + index:03d}" for index in range(config.patients)]
+    splits = assign_splits(names, {})
+    for index, name in enumerate(names):
+        if (folder / f"{name}.h5").exists():
+            continue
+        preset = preset_of(config.seed + index)
+        phantom_config = PhantomConfig(
+            preset=preset, seed=config.seed + index, spacing_mm=config.spacing_mm, texture_rho=config.texture_rho
+        )
+        write_pair(pair_from_phantom(make_phantom(phantom_config), name, splits[name], key=config.name()), folder)
+        yield f"phantom {index + 1}/{config.patients}: {preset}, seed {config.seed + index}, {splits[name]}"
+
+
+def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = "", margin_mm: float = 20.0) -> PhasePair:
+    """A phantom as the cache holds a patient: cut to its lungs, its exact displacement kept.
+
+    `phantom` is a `lungssl_data.phantom.Phantom`, whose grids are axis-aligned already.
+    """
+    import numpy as np
+    from lungssl_data.pair import AIR_HU, Displacement, PhaseScan
+    from lungssl_data.prepare import coarse_affine
+
+    scans, corners = {}, {}
+    for phase in ("exhale", "inhale"):
+        source = getattr(phantom, phase)
+        geometry = source.ct.geometry
+        inside = np.argwhere(source.lung > 0)
+        margin = np.ceil(margin_mm / np.asarray(geometry.spacing_mm)[::-1]).astype(int)
+        low = np.maximum(inside.min(0) - margin, 0)
+        high = np.minimum(inside.max(0) + margin + 1, geometry.shape)
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        x, y, z = (float(v) for v in np.add(geometry.origin_mm, low[::-1] * np.asarray(geometry.spacing_mm)))
+        corners[phase] = box
+        scans[phase] = PhaseScan(
+            ct_hu=np.maximum(source.ct.hu[box], AIR_HU),
+            valid=np.ones([s.stop - s.start for s in box], np.uint8),
+            lung=np.ascontiguousarray(source.lung[box]),
+            lobes=np.ascontiguousarray(source.lobes[box]),
+            spacing_mm=geometry.spacing_mm,
+            origin_mm=(x, y, z),
+            source_sha256=hashlib.sha256(source.ct.hu.tobytes()).hexdigest(),
+        )
+    exhale, inhale = scans["exhale"], scans["inhale"]
+    return PhasePair(
+        patient=patient,
+        exhale=exhale,
+        inhale=inhale,
+        exhale_to_inhale=coarse_affine(exhale, inhale),
+        affine_provenance="lung mask moments",
+        displacement=Displacement(
+            u_mm=np.ascontiguousarray(phantom.exhale_to_inhale_mm[(slice(None), *corners["exhale"])]),
+            spacing_mm=exhale.spacing_mm,
+            origin_mm=exhale.origin_mm,
+            provenance="phantom (exact)",
+        ),
+        split=split,
+        key=key,
+    )

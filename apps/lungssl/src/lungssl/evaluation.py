@@ -1,0 +1,123 @@
+"""How good a fine-tuned model is on patients it has not seen: whole scans, per patient, per structure."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from lungssl_data.cache import PairCache
+from lungssl_data.pair import Phase, Split
+from lungssl_tasks.inference import predict_labels
+from lungssl_tasks.metrics import LOBE_TOLERANCE_MM, LabelScore, segmentation_scores
+from lungssl_tasks.segmentation import SegmentationModel
+
+from lungssl.errors import DataError
+
+METRICS = ("dice", "nsd", "hd95_mm", "assd_mm", "volume_error_ml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanScore:
+    """One structure in one scan."""
+
+    patient: str
+    phase: Phase
+    score: LabelScore
+
+    def row(self) -> dict[str, str | float]:
+        """One line of the CSV."""
+        return {"patient": self.patient, "phase": self.phase, **asdict(self.score)}
+
+
+def evaluate_model(
+    model: SegmentationModel,
+    cache: PairCache,
+    patients: Iterable[str],
+    *,
+    names: Mapping[int, str],
+    roi_vox: tuple[int, int, int],
+    device: str = "cpu",
+) -> list[ScanScore]:
+    """Scores of every labelled scan of `patients`; DataError where none has lobes."""
+    scores = []
+    for patient in patients:
+        pair = cache[patient]
+        for phase in pair.phases():
+            scan = pair.scan(phase)
+            if scan.lobes is None:
+                continue
+            predicted = predict_labels(model, scan.ct_hu, roi_vox=roi_vox, device=device)
+            rows = segmentation_scores(predicted, scan.lobes, spacing_mm=scan.spacing_mm, labels=names)
+            scores += [ScanScore(patient=patient, phase=phase, score=row) for row in rows]
+    if not scores:
+        raise DataError("none of the patients to evaluate has lobes; take another --split or label some")
+    return scores
+
+
+def evaluation_patients(cache: PairCache, split: Split | str) -> list[str]:
+    """Patients of a split (or `all`) that have lobes in some phase; DataError where there are none."""
+    patients = cache.patients if split == "all" else [p for p, r in cache.records.items() if r.split == split]
+    labelled = [
+        p for p in patients if any("lobes" in cache.phase_record(p, ph).datasets for ph in cache.record(p).phases())
+    ]
+    if not labelled:
+        raise DataError(f"{cache.folder}: no patient of split {split!r} has lobes; see `lungssl cache info`")
+    return labelled
+
+
+def per_patient(scores: Iterable[ScanScore], metric: str) -> dict[str, float]:
+    """Mean over a patient's scans and structures: the patient is the unit (`domain.md` F)."""
+    values: dict[str, list[float]] = {}
+    for item in scores:
+        values.setdefault(item.patient, []).append(getattr(item.score, metric))
+    return {patient: float(np.mean(v)) for patient, v in values.items()}
+
+
+def summary(scores: list[ScanScore]) -> dict[str, object]:
+    """Mean and standard deviation over patients, for all structures together and each alone."""
+    structures = {item.score.name: [s for s in scores if s.score.name == item.score.name] for item in scores}
+    return {
+        "patients": len(per_patient(scores, "dice")),
+        "scans": len({(item.patient, item.phase) for item in scores}),
+        "nsd_tolerance_mm": LOBE_TOLERANCE_MM,
+        "definition": "surface figures by DeepMind's definition (area-weighted surface elements)",
+        "all": _moments(scores),
+        **{name: _moments(rows) for name, rows in structures.items()},
+    }
+
+
+def table(scores: list[ScanScore]) -> str:
+    """The summary as text."""
+    values = summary(scores)
+    head = f"{'':>6} {'Dice':>15} {'NSD 2 mm':>15} {'HD95 mm':>15} {'volume error ml':>18}"
+    lines = [f"{values['patients']} patients, {values['scans']} scans; mean ± standard deviation over patients", head]
+    for name, moments in values.items():
+        if isinstance(moments, dict):
+            cells = [f"{moments[m]['mean']:.3f} ± {moments[m]['sd']:.3f}" for m in ("dice", "nsd")]
+            cells += [f"{moments[m]['mean']:.1f} ± {moments[m]['sd']:.1f}" for m in ("hd95_mm", "volume_error_ml")]
+            lines.append(f"{name:>6} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {cells[3]:>18}")
+    return "\n".join(lines)
+
+
+def write_scores(folder: Path, scores: list[ScanScore]) -> None:
+    """`scores.csv` with a line per patient, phase and structure, `summary.json`, and `table.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [item.row() for item in scores]
+    with open(folder / "scores.csv", "w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "summary.json").write_text(json.dumps(summary(scores), indent=2))
+    (folder / "table.txt").write_text(table(scores) + "\n")
+
+
+def _moments(scores: list[ScanScore]) -> dict[str, dict[str, float]]:
+    result = {}
+    for metric in METRICS:
+        values = list(per_patient(scores, metric).values())
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        result[metric] = {"mean": float(np.mean(values)), "sd": sd}
+    return result

@@ -1,0 +1,236 @@
+"""Pretraining: a cache, a recipe and a run folder, put together for the training loop."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lungssl_backbones.weights import save_encoder
+from lungssl_data.batch import CropBatch, PairBatch
+from lungssl_data.cache import PairCache
+from lungssl_data.crops import PairCrops
+from lungssl_data.views import ViewSampler
+from torch import nn
+
+from lungssl.config import Recipe
+from lungssl.errors import ConfigError
+from lungssl.training.config import TrainConfig
+from lungssl.training.logs import read_metrics
+from lungssl.training.loop import fit, make_optimizer, micro_seed, train_step
+from lungssl.training.precision import autocast, pick_device
+from lungssl.training.progress import duration
+from lungssl.training.read_ahead import read_ahead
+from lungssl.training.run_folder import RunFolder
+
+_BUILD, _HELD_OUT = -1, -2  # places in the sequence of random draws that no micro-step has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Everything that `fit` needs. Made by `build_pretraining`."""
+
+    recipe: Recipe
+    method: nn.Module
+    crops: PairCrops
+    sampler: ViewSampler
+    held_out: list[CropBatch]
+    """The same crops at every evaluation."""
+    held_out_split: str
+    """`val`, or `train` where the cache has no val patients."""
+    fingerprint: str
+    """Of the cache."""
+    device: torch.device
+
+    def read(self, index: int) -> CropBatch:
+        """Crops of micro-batch `index`."""
+        return self.crops.batch(index, self.recipe.train.batch)
+
+    def prepare(self, crops: CropBatch, index: int) -> PairBatch:
+        """Its views on the device; the seed and `index` alone decide them."""
+        generator = torch.Generator().manual_seed(micro_seed(self.recipe.seed, index))
+        return self.sampler(crops.to(self.device), generator)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean figures over the held-out crops, seen through the same views every time."""
+        self.method.eval()
+        totals: dict[str, float] = {}
+        with torch.no_grad(), autocast(self.device, self.recipe.train.precision):
+            for index, crops in enumerate(self.held_out):
+                seed = micro_seed(_HELD_OUT, index)
+                torch.manual_seed(seed)
+                views = self.sampler(crops.to(self.device), torch.Generator().manual_seed(seed))
+                for name, value in self.method(views, step).metrics.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) / len(self.held_out)
+        return totals
+
+    def describe(self) -> str:
+        """One line: patients, batch, parameters, device."""
+        train = self.recipe.train
+        trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
+        together = f"{train.batch} x {train.accumulate} accumulated" if train.accumulate > 1 else f"{train.batch}"
+        held_out = len({int(p) for crops in self.held_out for p in crops.patient})
+        return (
+            f"{len(self.crops)} training patients, {held_out} held out ({self.held_out_split}); {together} a step; "
+            f"{trained / 1e6:.2f} M trained parameters; {self.device.type}"
+        )
+
+
+def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pretraining:
+    """Open the cache, make crops, encoder and method. Raises ConfigError for parts that don't fit together."""
+    where = pick_device(device)
+    train = recipe.train
+    torch.manual_seed(micro_seed(recipe.seed, _BUILD))
+    encoder, method = build_method(recipe)
+    if train.compile:
+        for module in method.modules():  # a teacher's encoder, too
+            if type(module) is type(encoder):
+                module.compile()
+    cache = PairCache(data)
+    split = "val" if cache.split("val") else "train"
+    # A cache of their own: open files are not to be shared with the thread that reads ahead. Seed 0 for every run, so
+    # that runs with different seeds are judged on the same crops.
+    judged = PairCrops(PairCache(data), recipe.data, split=split, seed=0) if train.eval_batches else None
+    return Pretraining(
+        recipe=recipe,
+        method=method.to(where),
+        crops=PairCrops(cache, recipe.data, split="train", seed=recipe.seed),
+        sampler=recipe.views.build(),
+        held_out=[judged.batch(index, train.batch) for index in range(train.eval_batches)] if judged else [],
+        held_out_split=split,
+        fingerprint=cache.fingerprint(),
+        device=where,
+    )
+
+
+def build_method(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """Encoder and method with random weights. Raises ConfigError or ValueError for parts that don't fit together."""
+    if recipe.method is None:
+        raise ConfigError("this recipe has no `method`: it is for `lungssl finetune`; see `lungssl list recipes`")
+    encoder = recipe.backbone.config.build()
+    check_sizes(recipe, encoder)
+    batch = recipe.train.batch * recipe.train.accumulate
+    method = recipe.method.config.build(encoder, total_steps=recipe.train.steps, effective_batch=batch)
+    views = recipe.views
+    method.check_views(globals_per_slot=views.globals_per_slot, locals_per_slot=views.locals_per_slot)
+    return encoder, method
+
+
+def check_sizes(recipe: Recipe, encoder: nn.Module) -> None:
+    """Raises ConfigError where views are no whole number of tokens or don't fit into the crops."""
+    stride, views = encoder.token_stride_vox, recipe.views
+    sides = {"global_vox": views.global_vox} | ({"local_vox": views.local_vox} if views.locals_per_slot else {})
+    for name, side in sides.items():
+        if side % stride:
+            near = max(stride, round(side / stride) * stride)
+            raise ConfigError(
+                f"views.{name}: {side} is not a multiple of the {stride} voxels per token of {recipe.backbone.name}; "
+                f"try {near}"
+            )
+        if side > min(recipe.data.crop_vox):
+            raise ConfigError(f"views.{name}: {side} is larger than data.crop_vox {list(recipe.data.crop_vox)}")
+
+
+def pretrain(
+    recipe: Recipe, *, data: Path, out: Path, device: str = "auto", resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train, judge and export; returns what summary.json holds.
+
+    Raises ConfigError, the data package's errors, and what `fit` raises.
+    """
+    parts = build_pretraining(recipe, data, device=device)
+    run = RunFolder.start(out, recipe.as_dict(), data_fingerprint=parts.fingerprint, resume=resume, overwrite=overwrite)
+    run.say(parts.describe())
+    if parts.held_out_split == "train" and parts.held_out:
+        run.say("WARNING: the cache has no val patients; held-out figures are of training patients")
+    started = time.perf_counter()
+    result = fit(
+        parts.method,
+        read=parts.read,
+        prepare=parts.prepare,
+        config=recipe.train,
+        run=run,
+        seed=recipe.seed,
+        device=parts.device,
+        evaluate=parts.evaluate if parts.held_out else None,
+    )
+    summary: dict[str, Any] = {"step": result.step, "stopped_by": result.stopped_by, "data": parts.fingerprint}
+    if result.stopped_by is None:
+        export = run.export / "encoder.safetensors"
+        extra = {"method": recipe.method.name if recipe.method else "", "steps": str(result.step)}
+        save_encoder(parts.method.export_encoder(), export, extra=extra)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        summary |= {"held_out_split": parts.held_out_split, **judge(read_metrics(run.metrics))}
+        run.say(f"encoder: {export}")
+        run.say(f"verdict: {summary['verdict']}")
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    run.write_summary(summary)
+    return summary
+
+
+def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
+    """Build everything, make two steps, write nothing; returns what a run would be and cost."""
+    parts = build_pretraining(recipe, data, device=device)
+    train, where = recipe.train, parts.device
+    cost = measure_steps(
+        parts.method, read=parts.read, prepare=parts.prepare, config=train, seed=recipe.seed, device=where
+    )
+    stored = sum(value.numel() * value.element_size() for value in parts.method.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in parts.method.parameters() if p.requires_grad)
+    return "\n".join(
+        [
+            parts.describe(),
+            f"first losses   {cost.losses[0]:.4f}, {cost.losses[1]:.4f}",
+            f"step           {cost.step_s:.2f} s, of which {cost.wait_s:.2f} s waiting for data",
+            f"peak memory    {cost.peak_bytes / 2**30:.2f} GiB ({where.type})",
+            f"{train.steps} steps".ljust(15) + f"{duration(cost.step_s * train.steps)} without held-out evaluation",
+            f"checkpoints    {train.keep_checkpoints} of {(stored + moments) / 2**20:.0f} MiB",
+            "dry run: nothing was written",
+        ]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What `measure_steps` found."""
+
+    losses: tuple[float, float]
+    step_s: float
+    """Of the second step: the first one compiles, allocates and opens files."""
+    wait_s: float
+    """Part of it that waited for data."""
+    peak_bytes: int
+    """On an accelerator its allocator's peak, on the CPU the process's."""
+
+
+def measure_steps(
+    module: nn.Module,
+    *,
+    read: Callable[[int], Any],
+    prepare: Callable[[Any, int], Any],
+    config: TrainConfig,
+    seed: int,
+    device: torch.device,
+) -> StepCost:
+    """Two real steps of `module`, which change it."""
+    optimizer = make_optimizer(module, config)
+    stream = read_ahead(read, 0, 2 * config.accumulate, workers=config.workers)
+    module.train()
+    first, second = (
+        train_step(module, optimizer, stream, prepare, step=step, config=config, seed=seed, device=device)
+        for step in (0, min(1, config.steps - 1))
+    )
+    stream.close()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        # Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return StepCost(
+        losses=(first[0]["loss"], second[0]["loss"]),
+        step_s=second[1]["step_s"],
+        wait_s=second[1]["data_wait_s"],
+        peak_bytes=peak,
+    )

@@ -1,0 +1,65 @@
+"""One scan in, one mask out, on the scan's own grid."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from lungssl_data.lung_mask import lung_mask
+from lungssl_data.prepare import PrepareConfig, prepare_scan, resample_labels
+from lungssl_data.volume import LabelMap, Volume
+from numpy import ndarray
+
+from lungssl.errors import ConfigError
+
+LUNG_NAMES = {1: "right lung", 2: "left lung"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmented:
+    """A mask on the scan's own grid, and what its labels mean."""
+
+    mask: LabelMap
+    names: dict[int, str]
+
+    def volumes_ml(self) -> dict[str, float]:
+        """Volume of each structure in millilitres."""
+        voxel_ml = self.mask.geometry.voxel_ml()
+        return {name: float(np.count_nonzero(self.mask.labels == code) * voxel_ml) for code, name in self.names.items()}
+
+
+def segment_lungs(volume: Volume) -> Segmented:
+    """The training-free mask of the air-filled lungs."""
+    return Segmented(mask=LabelMap(labels=lung_mask(volume), geometry=volume.geometry), names=LUNG_NAMES)
+
+
+def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> Segmented:
+    """Labels of a fine-tuned model: the scan is prepared as the cache prepares it, predicted, and brought back."""
+    from lungssl_tasks.inference import predict_labels
+    from lungssl_tasks.model_folder import load_model
+
+    model, card = load_model(model_folder(folder))
+    if len(set(card.spacing_mm)) > 1:
+        raise ConfigError(f"{folder}: trained at {card.spacing_mm} mm; only isotropic models can be applied to scans")
+    scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=card.spacing_mm[0]))
+    labels = predict_labels(model, scan.ct_hu, roi_vox=card.roi_vox, device=device)
+    own_grid: UInt8[ndarray, "z y x"] = resample_labels(
+        LabelMap(labels=labels, geometry=scan.geometry()), volume.geometry
+    )
+    return Segmented(mask=LabelMap(labels=own_grid, geometry=volume.geometry), names=card.labels)
+
+
+def model_folder(path: Path) -> Path:
+    """The model inside a fine-tuning run's folder, or the folder itself."""
+    return path / "export" / "model" if (path / "export" / "model").is_dir() else path
+
+
+def describe(segmented: Segmented) -> str:
+    """One line per structure with its volume."""
+    return "\n".join(f"{name:>12}: {volume:8.1f} ml" for name, volume in segmented.volumes_ml().items())
+
+
+def write_report(segmented: Segmented, path: Path) -> None:
+    """The volumes as JSON."""
+    path.write_text(json.dumps({"volumes_ml": segmented.volumes_ml()}, indent=2))

@@ -1,0 +1,66 @@
+"""The `train` section of a recipe. No torch here, so that recipes can be checked quickly."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, optimizer and housekeeping of a run. Optimizer: AdamW. Raises ValueError for impossible values."""
+
+    steps: int = 1000
+    """Optimizer steps. A finished run is extended by raising it and `--resume`."""
+    batch: int = 4
+    """Patients per micro-step; a step sees batch * accumulate of them, each through both slots."""
+    accumulate: int = 1
+    """Micro-steps per optimizer step."""
+    lr: float = 1e-3
+    """Learning rate at the end of the warm-up."""
+    final_lr: float = 1e-6
+    """Learning rate at the last step, reached by a cosine (DINO's value)."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises linearly from 0 (`ssl.md` B.1)."""
+    weight_decay: float = 0.04
+    """Decoupled weight decay at the first step; none on biases, norms and tokens."""
+    final_weight_decay: float = 0.2
+    """Weight decay at the last step, reached by a cosine (`ssl.md` B.1)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates (MAE's; the second moment of .95 forgets spikes within 20 steps)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per block away from the output; 1 is off."""
+    clip: float = 3.0
+    """Largest global gradient norm; 0 is off."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 autocast on GPUs and on CPUs with AMX, else fp32."""
+    compile: bool = False
+    """Whether to `torch.compile` the encoder: minutes at the start, faster steps on a GPU."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 100
+    """Steps between held-out evaluations; there is one before the first step and one after the last."""
+    eval_batches: int = 4
+    """Held-out batches, the same ones at every evaluation; 0 is off."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one after the last step."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; two, so that a damaged one has a predecessor."""
+    workers: int = 0
+    """Processes that read crops; 0: one thread, enough on a CPU."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
+        least |= {"keep_checkpoints": 1, "eval_batches": 0, "workers": 0, "lr": 0, "final_lr": 0, "clip": 0}
+        for name, low in least.items():
+            if not getattr(self, name) >= low:  # `not >=` also refuses nan
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.final_lr > self.lr:
+            raise ValueError(f"final_lr {self.final_lr} is above lr {self.lr}; set both")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be a share of the steps in [0, 1), got {self.warmup}")
+
+
+RESUME_MAY_CHANGE = frozenset(
+    f"train.{name}"
+    for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "compile")
+)
+"""Keys that a resumed run may set otherwise than it was started with."""

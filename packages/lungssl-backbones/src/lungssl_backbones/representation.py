@@ -1,0 +1,117 @@
+"""Figures that judge features without labels. Pure functions of tensors; all computed in float64.
+
+Axes: n samples, d embedding, q queries, c candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """How often a patient's other phase is found; chance is `1 / n` and `min(5, n) / n`."""
+
+    top1: float
+    top5: float
+    n: int
+
+
+def rankme(features: Float[Tensor, "n d"], *, eps: float = 1e-7) -> float:
+    """RankMe: how many dimensions the features spread over, from 0 or 1 (collapsed) to min(n, d).
+
+    exp(-Σ p log p) with p = σ/Σσ + eps over the singular values σ of the uncentred features; eps is the paper's for
+    float32. Garrido et al. 2023, https://arxiv.org/abs/2210.02885. It counts a large common mean as one dimension:
+    compare only runs of one method with equal n. All-zero features give 0.
+    """
+    sigma = torch.linalg.svdvals(features.double())
+    return _exp_entropy(sigma, eps) if sigma.sum() > 0 else 0.0
+
+
+def effective_rank(features: Float[Tensor, "n d"]) -> float:
+    """Effective rank of the covariance: exp(-Σ p log p) over its normalised eigenvalues p.
+
+    Roy & Vetterli 2007, EUSIPCO, "The effective rank", applied to the covariance: blind to the mean, and stricter than
+    `rankme`, since variances weigh as σ². Rows that are equal within float32 rounding give 0.
+    """
+    values = features.double()
+    centred = values - values.mean(dim=0)
+    variances = torch.linalg.svdvals(centred).square()
+    # float32 rounding leaves 1e-7 of the values, so 1e-14 of their energy, in the differences of equal rows.
+    collapsed = variances.sum() <= 1e-12 * values.square().sum()
+    return 0.0 if collapsed else _exp_entropy(variances, 0.0)
+
+
+def paired_retrieval(exhale: Float[Tensor, "n d"], inhale: Float[Tensor, "n d"]) -> Retrieval:
+    """Find each exhale row's patient among all inhale rows by cosine similarity; row i of both is one patient.
+
+    Ties count as misses, so that collapsed features score 0 and not 1.
+    """
+    similarity = _unit(exhale) @ _unit(inhale).T
+    own = similarity.diagonal()[:, None]
+    others_ahead = (similarity >= own).sum(dim=1) - 1
+    n = len(similarity)
+    return Retrieval(top1=_share(others_ahead < 1), top5=_share(others_ahead < 5), n=n)
+
+
+def landmark_error_mm(
+    queries: Float[Tensor, "q d"],
+    candidates: Float[Tensor, "c d"],
+    *,
+    candidates_mm: Float[Tensor, "c 3"],
+    truth_mm: Float[Tensor, "q 3"],
+) -> Float64[Tensor, " q"]:
+    """Distance in mm from the candidate most similar (cosine) to each query, to where the query's landmark truly is.
+
+    `queries` are features at the landmarks of one phase, `candidates` features all over the other one's lung,
+    `truth_mm` the landmarks in that other phase. Nothing regularises the match; candidates on a grid of pitch s cannot
+    do better than about s/2 on average. Compare with the distances to `truth_mm` of the same positions, unmoved.
+    """
+    best = (_unit(queries) @ _unit(candidates).T).argmax(dim=1)
+    return (candidates_mm.double()[best] - truth_mm.double()).norm(dim=1)
+
+
+def pca_colours(
+    features: Float[Tensor, "n d"], *, fit_on: Float[Tensor, "m d"] | None = None
+) -> Float64[Tensor, "n 3"]:
+    """RGB in [0, 1] from the first three principal components, as in the figures of DINOv2 (Oquab et al. 2023).
+
+    Components and range (1st to 99th percentile, clipped) come from `fit_on`. Give it the tokens of both phases
+    together and colour each phase with it: then the same anatomy has the same colour, if the features agree. A
+    component's sign is fixed by its largest loading, so that equal features give equal pictures.
+
+    Raises ValueError for fewer than 3 dimensions or 2 rows to fit on.
+    """
+    basis = (features if fit_on is None else fit_on).double()
+    if basis.shape[1] < 3 or len(basis) < 2:
+        raise ValueError(f"pca_colours needs 2 rows and 3 dimensions to fit on, got {tuple(basis.shape)}")
+    mean = basis.mean(dim=0)
+    centred = basis - mean
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    axes = axes * largest.sign()
+    projected = centred @ axes
+    low, high = (_percentile(projected, share) for share in (0.01, 0.99))
+    span = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
+    return (((features.double() - mean) @ axes - low) / span).clamp(0, 1)
+
+
+def _exp_entropy(weights: Float64[Tensor, " k"], eps: float) -> float:
+    p = weights / weights.sum() + eps
+    return torch.special.entr(p).sum().exp().item()
+
+
+def _unit(features: Float[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+    return F.normalize(features.double(), dim=1)
+
+
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+def _percentile(columns: Float64[Tensor, "m k"], share: float) -> Float64[Tensor, " k"]:
+    """By sorting: torch.quantile refuses more than 2**24 values."""
+    return columns.sort(dim=0).values[round(share * (len(columns) - 1))]

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+from lungssl_backbones.representation import effective_rank, landmark_error_mm, paired_retrieval, pca_colours, rankme
+
+
+def test_rankme_of_k_equal_singular_values_is_k() -> None:
+    assert rankme(torch.eye(7, 12) * 3) == pytest.approx(7, rel=1e-4)
+
+
+def test_rankme_of_a_known_spectrum() -> None:
+    # p = (3/4, 1/4): exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3**(3/4)
+    assert rankme(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(4 / 3**0.75, rel=1e-5)
+
+
+def test_rankme_counts_a_constant_as_one_dimension_and_effective_rank_as_none() -> None:
+    constant = torch.randn(1, 16).expand(50, -1)
+    assert rankme(constant) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(constant) == 0
+    assert rankme(torch.zeros(5, 3)) == effective_rank(torch.zeros(5, 3)) == 0
+
+
+def test_effective_rank_weighs_variances_and_ignores_the_mean() -> None:
+    # Columns at +-3 and +-1, orthogonal and centred: variances 9 and 1, p = (0.9, 0.1).
+    features = torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])
+    expected = math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    assert effective_rank(features) == pytest.approx(expected, rel=1e-6)
+    assert effective_rank(features + torch.tensor([100.0, -7.0])) == pytest.approx(expected, rel=1e-6)
+
+
+def test_retrieval_finds_the_twin_whatever_its_length_and_collapse_finds_nobody() -> None:
+    torch.manual_seed(0)
+    exhale = torch.randn(40, 16)
+    exact = paired_retrieval(exhale, 3 * exhale)
+    assert (exact.top1, exact.top5, exact.n) == (1.0, 1.0, 40)
+    collapsed = paired_retrieval(torch.ones(40, 16), torch.ones(40, 16))
+    assert (collapsed.top1, collapsed.top5) == (0.0, 0.0)
+
+
+def test_retrieval_counts_ranks() -> None:
+    # Unit vectors at these degrees; the twin of row 0 is the third nearest, of row 1 the nearest.
+    exhale, inhale = (torch.deg2rad(torch.tensor(degrees)) for degrees in ([0.0, 90.0, 180.0], [40.0, 95.0, 5.0]))
+    circle = [torch.stack([a.cos(), a.sin()], dim=1) for a in (exhale, inhale)]
+    result = paired_retrieval(*circle)
+    assert result.top1 == pytest.approx(1 / 3)
+    assert result.top5 == 1.0
+
+
+def test_landmark_error_is_the_distance_of_the_best_match_in_mm() -> None:
+    candidates = torch.eye(4)
+    candidates_mm = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 10.0], [7.0, 7.0, 7.0]])
+    queries = torch.tensor([[0.1, 5.0, 0.0, 0.0], [0.0, 0.0, 0.2, 0.1]])
+    error = landmark_error_mm(queries, candidates, candidates_mm=candidates_mm, truth_mm=torch.zeros(2, 3))
+    assert error.tolist() == [5.0, 10.0]
+
+
+def test_pca_colours_give_one_feature_one_colour_in_both_phases() -> None:
+    torch.manual_seed(0)
+    anatomy = torch.randn(200, 10) * torch.tensor([9.0, 5, 3, 1, 1, 1, 1, 1, 1, 1])
+    exhale, inhale = anatomy[:150], anatomy[100:]
+    both = torch.cat([exhale, inhale])
+    exhale_rgb, inhale_rgb = pca_colours(exhale, fit_on=both), pca_colours(inhale, fit_on=both)
+    torch.testing.assert_close(exhale_rgb[100:], inhale_rgb[:50])
+    assert exhale_rgb.min() >= 0
+    assert exhale_rgb.max() <= 1
+    red = torch.corrcoef(torch.stack([exhale_rgb[:, 0], exhale[:, 0].double()]))[0, 1]
+    assert abs(red) > 0.95
+
+
+def test_pca_colours_do_not_depend_on_the_order_of_rows() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(60, 5) * torch.tensor([5.0, 4, 3, 2, 1])
+    order = torch.randperm(60)
+    torch.testing.assert_close(pca_colours(features[order]), pca_colours(features)[order])
+
+
+def test_pca_colours_of_two_dimensions_are_rejected() -> None:
+    with pytest.raises(ValueError, match=r"3 dimensions to fit on, got \(9, 2\)"):
+        pca_colours(torch.ones(9, 2))

@@ -1,0 +1,127 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from lungssl_backbones.vit3d import Vit3d, _Block, _patches, _rotate
+from torch import Tensor
+
+SPACING_MM = 1.5
+
+
+def vit(**overrides: object) -> Vit3d:
+    torch.manual_seed(0)
+    return Vit3d.Config(**{"dim": 48, "depth": 3, "heads": 2, "layer_scale": 1.0, **overrides}).build().eval()
+
+
+def crop(z: int = 16, y: int = 24, x: int = 32) -> Tensor:
+    return torch.rand(2, 1, z, y, x, generator=torch.Generator().manual_seed(1))
+
+
+def regular_coords_mm(x: Tensor, spacing_mm: float = SPACING_MM) -> Tensor:
+    """LPS (x, y, z) of each voxel of an axis-aligned crop."""
+    axes = [torch.arange(n) * spacing_mm for n in x.shape[2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1]).expand(len(x), -1, -1, -1, -1)
+
+
+def test_patches_are_the_cubes_in_zyx_order() -> None:
+    x = crop()
+    by_hand = torch.stack(
+        [
+            x[:, 0, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8, 8 * k : 8 * k + 8].flatten(1)
+            for i in range(2)
+            for j in range(3)
+            for k in range(4)
+        ],
+        dim=1,
+    )
+    assert torch.equal(_patches(x, (2, 3, 4)), by_hand)
+
+
+def test_the_patch_embedding_is_a_strided_convolution() -> None:
+    model, x = vit(), crop()
+    kernel = model.patch_embed.weight.unflatten(1, (8, 8, 8))[:, None]
+    convolved = F.conv3d(x, kernel, model.patch_embed.bias, stride=8).flatten(2).mT
+    torch.testing.assert_close(model.patch_embed(_patches(x, (2, 3, 4))), convolved)
+
+
+def test_a_quarter_turn_takes_the_first_channel_of_a_pair_to_the_second() -> None:
+    q = torch.tensor([1.0, 0.0, 5.0]).expand(1, 1, 1, 3)
+    turned = _rotate(q, torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    assert turned.flatten().tolist() == [0.0, 1.0, 5.0]
+
+
+def test_attention_without_rotation_is_torch_multihead_attention() -> None:
+    torch.manual_seed(0)
+    block = _Block(Vit3d.Config(dim=48, heads=2), 0.0)
+    t = torch.randn(2, 7, 48)
+    still = torch.ones(1, 1, 7, 12), torch.zeros(1, 1, 7, 12)
+    theirs = F.multi_head_attention_forward(
+        *(t.transpose(0, 1),) * 3, 48, 2, block.qkv.weight, block.qkv.bias, None, None, False, 0.0,
+        block.proj.weight, block.proj.bias, training=False, need_weights=False,
+    )[0].transpose(0, 1)  # fmt: skip
+    torch.testing.assert_close(block._attend(t, *still), theirs)
+
+
+def test_coords_of_a_regular_grid_change_nothing() -> None:
+    model, x = vit(), crop()
+    torch.testing.assert_close(model(x, coords_mm=regular_coords_mm(x)).tokens, model(x).tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scanner_origin_is_invisible_and_the_voxel_size_is_not() -> None:
+    model, x = vit(), crop()
+    coords = regular_coords_mm(x)
+    moved = model(x, coords_mm=coords + torch.tensor([-211.0, 37.0, -980.0])[:, None, None, None])
+    torch.testing.assert_close(moved.tokens, model(x).tokens, rtol=1e-3, atol=1e-4)
+    assert (model(x, coords_mm=2 * coords).tokens - model(x).tokens).abs().max() > 1e-2
+
+
+def test_positions_are_millimetres_over_wavelengths() -> None:
+    fine, coarse = vit(spacing_mm=1.5, wavelengths_mm=(48.0, 800.0)), vit(spacing_mm=3.0, wavelengths_mm=(96.0, 1600.0))
+    torch.testing.assert_close(fine(crop()).tokens, coarse(crop()).tokens)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_moving_patches_moves_tokens_only_if_their_coordinates_move_too(axis: int) -> None:
+    model, x = vit(), crop()
+    coords = regular_coords_mm(x)
+
+    def roll_tokens(tokens: Tensor) -> Tensor:
+        return tokens.unflatten(1, (2, 3, 4)).roll(1, axis - 1).flatten(1, 3)
+
+    expected = roll_tokens(model(x).tokens)
+    with_coords = model(x.roll(8, axis), coords_mm=coords.roll(8, axis)).tokens
+    torch.testing.assert_close(with_coords, expected, rtol=1e-4, atol=1e-5)
+    assert (model(x.roll(8, axis)).tokens - expected).abs().max() > 1e-2
+
+
+def test_keeping_all_tokens_in_another_order_permutes_the_output() -> None:
+    model, x = vit(), crop()
+    keep = torch.stack([torch.randperm(24), torch.randperm(24)])
+    whole, kept = model(x), model(x, keep=keep)
+    torch.testing.assert_close(kept.tokens, whole.tokens.gather(1, keep[..., None].expand(-1, -1, 48)))
+    torch.testing.assert_close(kept.cls, whole.cls)
+    assert kept.pyramid == ()
+    assert kept.grid == (2, 3, 4)
+
+
+def test_dropped_voxels_are_not_seen() -> None:
+    model, x = vit(), crop()
+    first_layer = torch.arange(12).expand(2, -1)
+    changed = x.clone()
+    changed[:, :, 8:] = 0.9
+    assert torch.equal(model(changed, keep=first_layer).tokens, model(x, keep=first_layer).tokens)
+
+
+def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
+    block = _Block(Vit3d.Config(dim=48, heads=2), 0.25).train()
+    torch.manual_seed(0)
+    kept = block._drop(torch.ones(10_000, 1, 2))
+    assert kept.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert torch.equal(kept[..., 0], kept[..., 1])
+    assert kept.mean().item() == pytest.approx(1, abs=0.03)
+    torch.manual_seed(0)
+    assert torch.equal(block._drop(torch.ones(10_000, 1, 2)), kept)
+
+
+def test_a_width_that_does_not_split_into_heads_is_rejected() -> None:
+    with pytest.raises(ValueError, match="dim 100 does not split into 3 heads"):
+        Vit3d.Config(dim=100, heads=3).build()

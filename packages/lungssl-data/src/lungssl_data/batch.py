@@ -1,0 +1,92 @@
+"""What goes into a training step, and what comes out of it.
+
+A sample is one patient seen through two *slots*. With both phases, slot 0 is exhale and slot 1 inhale; with one phase,
+both slots are crops of the same scan. So every arm of a comparison (one phase, two phases, cross-phase positives)
+sees the same number of views, and the method reads from `slot_phase` what a pair of views is.
+
+Arrays are (z, y, x), points and affines (x, y, z) in LPS millimetres.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int16, Int64, UInt8
+from torch import Tensor
+
+PHASES = ("exhale", "inhale")
+"""A phase's integer code is its place in this tuple."""
+
+HU_WINDOW = (-1000.0, 400.0)
+"""Hounsfield units mapped to network input 0 and 1 (`architecture.md`: one fixed window, never per volume)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropBatch:
+    """Matched blocks of int16 HU as the loader yields them, before augmentation."""
+
+    ct_hu: Int16[Tensor, "b 2 z y x"]
+    valid: Bool[Tensor, "b 2 z y x"]
+    """Measured voxels: false in scanner padding and outside the volume."""
+    lung: UInt8[Tensor, "b 2 z y x"]
+    """0 outside, 1 right lung, 2 left lung."""
+    labels: UInt8[Tensor, "b 2 z y x"] | None = None
+    """Task labels (for lobes 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL), where asked for."""
+    voxel_to_mm: Float32[Tensor, "b 2 3 4"]
+    """(x, y, z) index in the block to LPS mm in that slot's scan."""
+    slot_phase: Int64[Tensor, "b 2"]
+    patient: Int64[Tensor, " b"]
+    """Index of the patient in the cache's order: tells twins from strangers, never identifies."""
+    exhale_to_inhale: Float32[Tensor, "b 3 4"]
+    """Coarse affine from exhale mm to inhale mm; the identity where only one phase is there."""
+
+    def to(self, device: torch.device | str) -> "CropBatch":
+        """The same batch on `device`."""
+        moved = {
+            f.name: v.to(device, non_blocking=True) for f in fields(self) if (v := getattr(self, f.name)) is not None
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One augmented crop per sample, all of one size."""
+
+    image: Float[Tensor, "b 1 z y x"]
+    """Network input: HU clipped to HU_WINDOW and scaled to [0, 1], after intensity augmentation."""
+    coords_mm: Float32[Tensor, "b 3 z y x"]
+    """LPS position (x, y, z) in the slot's own scan of the point that each voxel was sampled at."""
+    valid: Bool[Tensor, "b z y x"]
+    """Voxels sampled wholly from measured data."""
+    lung: Bool[Tensor, "b z y x"]
+    labels: UInt8[Tensor, "b z y x"] | None = None
+    slot: Literal[0, 1]
+    kind: Literal["global", "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Augmented views on the device: what a method or a task is given."""
+
+    views: tuple[View, ...]
+    """All global views first (slot 0, slot 1, ...), then all local ones (slot 0, slot 1, ...)."""
+    slot_phase: Int64[Tensor, "b 2"]
+    patient: Int64[Tensor, " b"]
+    exhale_to_inhale: Float32[Tensor, "b 3 4"]
+
+    def paired(self) -> Bool[Tensor, " b"]:
+        """Samples whose two slots hold two different phases."""
+        return self.slot_phase[:, 0] != self.slot_phase[:, 1]
+
+    def global_views(self) -> tuple[View, ...]:
+        """The global views, slot 0 first."""
+        return tuple(view for view in self.views if view.kind == "global")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """A method's or a task's answer to one batch."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+    """Detached scalars to log; names ending in `_lnk` are in units of ln K."""

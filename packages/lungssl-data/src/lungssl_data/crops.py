@@ -1,0 +1,191 @@
+"""Matched crops of a patient's two phases: the same place in the lung, each from its own scan.
+
+Stateless: sample i is a function of the seed and i alone, so a run that continues at step n reads what it would have
+read, and any worker can make any sample.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from lungssl_data.batch import PHASES, CropBatch
+from lungssl_data.cache import PairCache
+from lungssl_data.pair import CacheError, Displacement, Phase, Split
+
+_TRIES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Which scans crops come from and how they are matched."""
+
+    phases: Literal["exhale", "inhale", "both"] = "both"
+    """`both`: slot 0 exhale, slot 1 inhale (a patient with one phase fills both slots from it); otherwise that phase
+    in both slots."""
+    crop_vox: tuple[int, int, int] = (64, 64, 64)
+    """Block size along (z, y, x); views are cut from it."""
+    jitter_mm: float = 12.0
+    """Largest distance per axis between the places the two slots look at."""
+    min_overlap: float = 0.3
+    """Least common share of the two blocks, measured in the first one's scan (`ssl.md` C0)."""
+    labels: str | None = None
+    """Data set to load as task labels, e.g. `lobes`; scans without it are left out."""
+
+
+class PairCrops:
+    """Crops from the patients of one split.
+
+    Raises CacheError where no patient has what the configuration asks for.
+    """
+
+    def __init__(
+        self,
+        cache: PairCache,
+        config: CropConfig,
+        *,
+        split: Split | None = None,
+        patients: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.cache, self.config, self.seed = cache, config, seed
+        wanted = _of_split(cache, split)
+        if patients is not None:
+            wanted = [patient for patient in wanted if patient in set(patients)]
+        self.slots = {patient: slots for patient in wanted if (slots := _slots(cache, config, patient))}
+        self.patients = list(self.slots)
+        if not self.patients:
+            labels = f" with {config.labels}" if config.labels else ""
+            raise CacheError(
+                f"{cache.folder}: none of {len(wanted)} patients{f' in split {split}' if split else ''} has "
+                f"{config.phases} scans{labels}; see `lungssl cache info`"
+            )
+        self._places = {patient: place for place, patient in enumerate(cache.patients)}
+        self._displacements: dict[str, Displacement | None] = {}
+
+    def __len__(self) -> int:
+        """Patients: one pass reads one sample of each."""
+        return len(self.patients)
+
+    def batch(self, index: int, batch_size: int) -> CropBatch:
+        """Batch number `index`: samples index * batch_size and following, patients shuffled in each pass."""
+        return collate([self[index * batch_size + k] for k in range(batch_size)])
+
+    def __getitem__(self, sample: int) -> CropBatch:
+        """Sample number `sample` (any non-negative integer) as a batch of one."""
+        epoch, place = divmod(sample, len(self.patients))
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.patients))
+        patient = self.patients[order[place]]
+        phases = self.slots[patient]
+        rng = np.random.default_rng([self.seed, 1, sample])
+        points = self.cache.lung_points_vox(patient, phases[0])
+        for _ in range(_TRIES):
+            first = self._start(patient, phases[0], points[rng.integers(len(points))].astype(float))
+            second, overlap = self._partner(patient, phases, first, rng)
+            if overlap >= self.config.min_overlap:
+                return self._read(patient, phases, (first, second))
+        raise CacheError(
+            f"patient {patient}: {_TRIES} draws gave no two crops that share {self.config.min_overlap:.0%}; "
+            f"lower data.min_overlap or data.jitter_mm"
+        )
+
+    def _start(self, patient: str, phase: Phase, centre_vox: Float[ndarray, "3"]) -> tuple[int, int, int]:
+        """First (z, y, x) index of the block around a voxel, moved inside the volume where it fits."""
+        shape, size = self.cache.phase_record(patient, phase).shape, self.config.crop_vox
+        z, y, x = (
+            int(np.clip(round(c - k / 2), 0, n - k)) if n >= k else (n - k) // 2
+            for c, k, n in zip(centre_vox, size, shape, strict=True)
+        )
+        return z, y, x
+
+    def _partner(
+        self, patient: str, phases: tuple[Phase, Phase], first: tuple[int, int, int], rng: np.random.Generator
+    ) -> tuple[tuple[int, int, int], float]:
+        """The second slot's block at the first one's place, mapped between the phases and jittered; its overlap.
+
+        The overlap is the common share of the block and the one that the map points at, along axes where the volume is
+        larger than the block (elsewhere the block holds all there is).
+        """
+        size = np.asarray(self.config.crop_vox, float)
+        here = self.cache.phase_record(patient, phases[0])
+        there = self.cache.phase_record(patient, phases[1])
+        place_mm = (np.asarray(first) + size / 2)[::-1] * here.spacing_mm + here.origin_mm
+        if phases[0] != phases[1]:
+            place_mm = self._to_inhale(patient, place_mm)
+        ideal = ((place_mm - there.origin_mm) / there.spacing_mm)[::-1]
+        jitter = rng.uniform(-1, 1, 3) * self.config.jitter_mm / np.asarray(there.spacing_mm)[::-1]
+        start = self._start(patient, phases[1], ideal + jitter)
+        shift = np.where(np.asarray(there.shape) <= size, 0.0, start - (ideal - size / 2))
+        return start, float(np.prod(np.clip(1 - np.abs(shift) / size, 0, 1)))
+
+    def _to_inhale(self, patient: str, exhale_mm: Float[ndarray, "3"]) -> Float[ndarray, "3"]:
+        """An exhale point in the inhale scan: by the cache's field where it is defined, else by the coarse affine."""
+        if patient not in self._displacements:
+            self._displacements[patient] = self.cache.displacement(patient)
+        field = self._displacements[patient]
+        if field is not None:
+            index = np.rint((exhale_mm - field.origin_mm) / field.spacing_mm)[::-1].astype(int)
+            if (index >= 0).all() and (index < field.u_mm.shape[1:]).all():
+                u_mm = field.u_mm[:, index[0], index[1], index[2]]
+                if np.isfinite(u_mm).all():
+                    return exhale_mm + u_mm
+        affine = np.asarray(self.cache.record(patient).exhale_to_inhale)
+        return affine[:, :3] @ exhale_mm + affine[:, 3]
+
+    def _read(self, patient: str, phases: tuple[Phase, Phase], starts: tuple[tuple[int, int, int], ...]) -> CropBatch:
+        size = self.config.crop_vox
+        record = self.cache.record(patient)
+
+        def both(name: str) -> Tensor:
+            boxes = [
+                self.cache.read(patient, phase, name, start, size) for phase, start in zip(phases, starts, strict=True)
+            ]
+            return torch.from_numpy(np.stack(boxes))[None]
+
+        affines = np.zeros((1, 2, 3, 4), np.float32)
+        for slot, (phase, start) in enumerate(zip(phases, starts, strict=True)):
+            grid = self.cache.phase_record(patient, phase)
+            affines[0, slot, :, :3] = np.diag(grid.spacing_mm)
+            affines[0, slot, :, 3] = np.asarray(start)[::-1] * grid.spacing_mm + grid.origin_mm
+        paired = phases[0] != phases[1]
+        link = np.asarray(record.exhale_to_inhale) if paired else np.eye(3, 4)
+        return CropBatch(
+            ct_hu=both("ct"),
+            valid=both("valid").bool(),
+            lung=both("lung"),
+            labels=both(self.config.labels) if self.config.labels else None,
+            voxel_to_mm=torch.from_numpy(affines),
+            slot_phase=torch.tensor([[PHASES.index(phase) for phase in phases]]),
+            patient=torch.tensor([self._places[patient]]),
+            exhale_to_inhale=torch.from_numpy(link.astype(np.float32))[None],
+        )
+
+
+def usable_patients(cache: PairCache, config: CropConfig, split: Split | None = None) -> list[str]:
+    """Patients of a split (None: all) with a scan of the phases and with the labels that `config` asks for."""
+    return [patient for patient in _of_split(cache, split) if _slots(cache, config, patient)]
+
+
+def _of_split(cache: PairCache, split: Split | None) -> list[str]:
+    return cache.patients if split is None else cache.split(split)
+
+
+def _slots(cache: PairCache, config: CropConfig, patient: str) -> tuple[Phase, Phase] | None:
+    """The phase of each slot; None where the patient has nothing of what is asked for."""
+    usable: list[Phase] = []
+    for phase in cache.record(patient).phases():
+        labelled = config.labels is None or config.labels in cache.phase_record(patient, phase).datasets
+        if labelled and config.phases in ("both", phase):
+            usable.append(phase)
+    return (usable[0], usable[-1]) if usable else None
+
+
+def collate(samples: list[CropBatch]) -> CropBatch:
+    """Samples stacked into one batch."""
+    first = samples[0]
+    names = [name for name in first.__dataclass_fields__ if getattr(first, name) is not None]
+    return CropBatch(**{name: torch.cat([getattr(sample, name) for sample in samples]) for name in names})

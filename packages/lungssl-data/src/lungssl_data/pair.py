@@ -1,0 +1,93 @@
+"""A patient's exhale and inhale scans in numpy, as the cache holds them.
+
+Arrays are (z, y, x); points, spacings and affines (x, y, z) in LPS millimetres.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, Int16, UInt8
+from numpy import ndarray
+
+from lungssl_data.volume import Geometry
+
+PATIENT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+AIR_HU = -1000
+"""What padding and everything outside the scanner's view is set to."""
+
+Phase = Literal["exhale", "inhale"]
+Split = Literal["train", "val", "test"]
+
+
+class CacheError(ValueError):
+    """A cache that can't be read or written; the message names the file and the next step."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PhaseScan:
+    """One phase of one patient on its own axis-aligned grid."""
+
+    ct_hu: Int16[ndarray, "z y x"]
+    valid: UInt8[ndarray, "z y x"]
+    lung: UInt8[ndarray, "z y x"]
+    lobes: UInt8[ndarray, "z y x"] | None = None
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    source_sha256: str = ""
+
+    def geometry(self) -> Geometry:
+        """The scan's grid in LPS mm."""
+        return Geometry(
+            shape=self.ct_hu.shape, spacing_mm=self.spacing_mm, origin_mm=self.origin_mm, direction=np.eye(3)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Displacement:
+    """A field on the exhale side: exhale point p lies at p + u(p) in the inhale scan."""
+
+    u_mm: Float32[ndarray, "3 z y x"]
+    """Components (x, y, z) in LPS mm; NaN where unknown."""
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    provenance: str
+    """Where it is from, e.g. `phantom` (exact) or a registration's name and version."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PhasePair:
+    """A patient's scans as they are on disk and in numpy."""
+
+    patient: str
+    exhale: PhaseScan | None = None
+    inhale: PhaseScan | None = None
+    exhale_to_inhale: Float[ndarray, "3 4"] | None = None
+    """Coarse affine in LPS mm."""
+    affine_provenance: str = ""
+    displacement: Displacement | None = None
+    split: Split = "train"
+    key: str = ""
+    """SHA-256 of the sources, the parameters and the format; equal key means nothing to rebuild."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that are there, exhale first."""
+        return tuple(p for p in ("exhale", "inhale") if getattr(self, p) is not None)
+
+    def scan(self, phase: Phase) -> PhaseScan:
+        """The scan of one phase; ValueError where the patient lacks it."""
+        scan = getattr(self, phase)
+        if scan is None:
+            raise ValueError(f"patient {self.patient} has no {phase} scan, only {', '.join(self.phases())}")
+        return scan
+
+
+def check_patient_id(patient: str) -> str:
+    """Return `patient` if it can be a file name; CacheError with the rule otherwise."""
+    if not PATIENT_PATTERN.fullmatch(patient):
+        raise CacheError(
+            f"patient id of {len(patient)} characters can't be used: 1-64 letters, digits, '-' and '_', "
+            f"starting with a letter or digit; give de-identified ids, never names"
+        )
+    return patient

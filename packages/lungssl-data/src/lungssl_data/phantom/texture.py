@@ -1,0 +1,40 @@
+"""Random fields of the phantom: parenchymal texture in material space, and scanner noise."""
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+from numpy.random import Generator
+from scipy import fft, ndimage
+
+TEXTURE_SPACING_MM = 1.5
+TEXTURE_SHAPE = (192, 120, 160)
+"""One period of the texture, 288 x 180 x 240 mm (z, y, x): a lung's width and depth never see it twice."""
+
+
+def texture(rng: Generator, correlation_mm: float) -> Float32[ndarray, "z y x"]:
+    """Periodic band-limited Gaussian noise, mean 0, variance 1.
+
+    White noise through exp(-(pi f l)^2 / 2) less a fifth as wide a band in frequency: the autocorrelation falls to 1/e
+    near `correlation_mm` (`domain.md` D2: 2-6 mm), and there is no drift over tens of mm, which the density profile owns.
+    """
+    white = rng.standard_normal(TEXTURE_SHAPE, dtype=np.float32)
+    z, y = (np.fft.fftfreq(n, TEXTURE_SPACING_MM).astype(np.float32) for n in TEXTURE_SHAPE[:2])
+    x = np.fft.rfftfreq(TEXTURE_SHAPE[2], TEXTURE_SPACING_MM).astype(np.float32)
+    squared = (np.pi * correlation_mm) ** 2 * (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2)
+    band = np.exp(-squared / 2) - np.exp(-squared * 25 / 2)
+    field = fft.irfftn(fft.rfftn(white, workers=2) * band, s=TEXTURE_SHAPE, workers=2)
+    return (field / field.std()).astype(np.float32)
+
+
+def scanner_noise(
+    rng: Generator, shape: tuple[int, int, int], *, sigma_hu: float, blur_vox: float
+) -> Float32[ndarray, "z y x"]:
+    """Gaussian noise of standard deviation `sigma_hu`, correlated within the slice by a blur of `blur_vox`."""
+    white = rng.standard_normal(shape, dtype=np.float32)
+    blurred = ndimage.gaussian_filter(white, (0.0, blur_vox, blur_vox), truncate=3.0)
+    return blurred * np.float32(sigma_hu / blurred.std())
+
+
+def blur(hu: Float32[ndarray, "z y x"], sigma_vox: float) -> Float32[ndarray, "z y x"]:
+    """The scanner's point spread, a Gaussian of `sigma_vox` voxels."""
+    return ndimage.gaussian_filter(hu, sigma_vox, mode="nearest", truncate=2.0)

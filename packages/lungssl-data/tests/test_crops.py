@@ -1,0 +1,106 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lungssl_data.batch import CropBatch
+from lungssl_data.cache import PairCache, write_pair
+from lungssl_data.crops import CropConfig, PairCrops
+from lungssl_data.pair import CacheError, PhasePair
+
+MakePair = Callable[..., PhasePair]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, make_pair: MakePair) -> PairCache:
+    write_pair(make_pair("a"), tmp_path)
+    write_pair(make_pair("b", split="val"), tmp_path)
+    write_pair(make_pair("c", phases=("inhale",)), tmp_path)
+    return PairCache(tmp_path)
+
+
+def test_a_crop_is_the_block_its_affine_says(cache: PairCache) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(12, 14, 16)), patients=["a"])
+    sample = crops[7]
+    for slot, phase in enumerate(("exhale", "inhale")):
+        scan = cache["a"].scan(phase)
+        affine = sample.voxel_to_mm[0, slot].numpy()
+        start = np.rint((affine[:, 3] - scan.origin_mm) / scan.spacing_mm).astype(int)[::-1]
+        box = tuple(slice(s, s + k) for s, k in zip(start, (12, 14, 16), strict=True))
+        np.testing.assert_array_equal(sample.ct_hu[0, slot], scan.ct_hu[box])
+        np.testing.assert_allclose(np.diag(affine[:, :3]), scan.spacing_mm)
+    assert sample.slot_phase.tolist() == [[0, 1]]
+
+
+def test_both_slots_look_at_the_same_place_within_the_jitter(cache: PairCache) -> None:
+    config = CropConfig(crop_vox=(9, 9, 9), jitter_mm=4.0, min_overlap=0.0)
+    crops = PairCrops(cache, config, patients=["a"])
+    size = torch.tensor([9.0, 9, 9]) / 2
+    for sample in (crops[i] for i in range(40)):
+        centres = [sample.voxel_to_mm[0, s, :, :3] @ size + sample.voxel_to_mm[0, s, :, 3] for s in (0, 1)]
+        link = sample.exhale_to_inhale[0]
+        distance = (link[:, :3] @ centres[0] + link[:, 3] - centres[1]).abs()
+        voxel = torch.tensor([1.5, 2.0, 2.5])  # starts are whole voxels
+        assert (distance <= 4.0 + voxel).all() or _touches_border(cache, sample)
+
+
+def _touches_border(cache: PairCache, sample: CropBatch) -> bool:
+    scan = cache["a"].scan("inhale")
+    start = (sample.voxel_to_mm[0, 1, :, 3].numpy() - scan.origin_mm) / scan.spacing_mm
+    return bool((start < 0.5).any() or (start + 9 > np.array(scan.ct_hu.shape[::-1]) - 0.5).any())
+
+
+def test_sample_i_is_a_function_of_the_seed_and_i(cache: PairCache) -> None:
+    config = CropConfig(crop_vox=(12, 12, 12))
+    first = PairCrops(cache, config, seed=1).batch(5, 3)
+    again = PairCrops(PairCache(cache.folder), config, seed=1).batch(5, 3)
+    other = PairCrops(cache, config, seed=2).batch(5, 3)
+    assert torch.equal(first.ct_hu, again.ct_hu) and torch.equal(first.patient, again.patient)
+    assert not torch.equal(first.ct_hu, other.ct_hu)
+
+
+def test_each_pass_reads_every_patient_once(cache: PairCache) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(8, 8, 8)))
+    for epoch in range(4):
+        assert sorted(int(crops[epoch * 3 + k].patient) for k in range(3)) == [0, 1, 2]
+
+
+def test_a_patient_with_one_phase_fills_both_slots_from_it(cache: PairCache) -> None:
+    sample = PairCrops(cache, CropConfig(crop_vox=(8, 8, 8)), patients=["c"])[0]
+    assert sample.slot_phase.tolist() == [[1, 1]]
+
+
+def test_one_phase_can_be_asked_for(cache: PairCache) -> None:
+    exhale = PairCrops(cache, CropConfig(phases="exhale", crop_vox=(8, 8, 8)))
+    assert exhale.patients == ["a", "b"]
+    assert exhale.batch(0, 2).slot_phase.eq(0).all()
+
+
+def test_crops_are_in_the_lung(cache: PairCache) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(7, 7, 7)), patients=["a"])
+    assert all(crops[i].lung[0, 0].any() for i in range(30))
+
+
+def test_labels_come_along_and_only_from_scans_that_have_them(cache: PairCache) -> None:
+    sample = PairCrops(cache, CropConfig(crop_vox=(20, 20, 20), labels="lobes"))[0]
+    assert sample.labels is not None and sample.labels.max() == 2
+    with pytest.raises(CacheError, match="with vessels"):
+        PairCrops(cache, CropConfig(labels="vessels"))
+
+
+def test_a_block_larger_than_the_scan_is_padded_and_marked(cache: PairCache) -> None:
+    sample = PairCrops(cache, CropConfig(crop_vox=(64, 64, 64)), patients=["a"])[0]
+    assert sample.valid[0, 0].sum() == 37 * 41 * 45
+    assert (sample.ct_hu[~sample.valid] == -1000).all()
+
+
+def test_an_overlap_that_cannot_be_had_is_an_error(cache: PairCache) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(8, 8, 8), jitter_mm=500.0, min_overlap=0.99), patients=["a"])
+    with pytest.raises(CacheError, match=r"lower data\.min_overlap"):
+        crops[0]
+
+
+def test_an_empty_split_is_named(cache: PairCache) -> None:
+    with pytest.raises(CacheError, match="in split test"):
+        PairCrops(cache, CropConfig(), split="test")

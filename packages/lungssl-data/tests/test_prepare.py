@@ -1,0 +1,110 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from lungssl_data.prepare import PrepareConfig, coarse_affine, lung_box_mm, prepare_scan, resample_hu
+from lungssl_data.volume import Geometry, LabelMap, Volume
+
+Thorax = Callable[..., Volume]
+
+
+def lungs(volume: Volume) -> LabelMap:
+    x = np.indices(volume.hu.shape)[2]
+    air = (volume.hu == -700).astype(np.uint8)
+    return LabelMap(labels=air * (1 + (x > volume.hu.shape[2] // 2)).astype(np.uint8), geometry=volume.geometry)
+
+
+def test_linear_resampling_keeps_a_ramp_exactly_where_it_is_in_space() -> None:
+    source = Geometry(shape=(20, 24, 28), spacing_mm=(2.0, 3.0, 2.5), origin_mm=(-7.0, 11.0, 40.0), direction=np.eye(3))
+    z, y, x = np.indices(source.shape)
+    ramp = Volume(hu=(10 * (x * 2.0 - 7) + 4 * (y * 3.0 + 11) - 8 * (z * 2.5 + 40)).astype(np.int16), geometry=source)
+    target = Geometry(shape=(15, 17, 19), spacing_mm=(1.5, 2.0, 2.0), origin_mm=(3.0, 20.0, 50.0), direction=np.eye(3))
+    z, y, x = np.indices(target.shape)
+    expected = 10 * (x * 1.5 + 3) + 4 * (y * 2.0 + 20) - 8 * (z * 2.0 + 50)
+    np.testing.assert_allclose(resample_hu(ramp, target), expected, atol=1.0)
+
+
+def test_beyond_the_last_slice_comes_its_value_not_padding() -> None:
+    grid = Geometry(shape=(6, 6, 6), spacing_mm=(2.0, 2.0, 2.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
+    volume = Volume(hu=np.full((6, 6, 6), 55, np.int16), geometry=grid)
+    target = replace(grid, shape=(8, 6, 6), origin_mm=(0.0, 0.0, -1.5))
+    assert (resample_hu(volume, target) == 55).all()
+
+
+def test_coarser_grids_are_smoothed_first() -> None:
+    rng = np.random.default_rng(0)
+    grid = Geometry(shape=(60, 60, 60), spacing_mm=(1.0, 1.0, 1.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
+    noise = Volume(hu=(100 * rng.standard_normal(grid.shape)).astype(np.int16), geometry=grid)
+    coarse = resample_hu(noise, replace(grid, shape=(15, 15, 15), spacing_mm=(4.0, 4.0, 4.0)))
+    assert coarse.std() < 15  # sampling without smoothing keeps 100
+
+
+def test_flipped_and_permuted_axes_give_the_same_scan(thorax: Thorax) -> None:
+    volume = thorax()
+    config = PrepareConfig(spacing_mm=5.0)
+    plain = prepare_scan(volume, config=config, lung=lungs(volume))
+    # The same voxels stored with axes (y, z, x) and x reversed.
+    columns = volume.hu.shape[2]
+    dx, dy, dz = volume.geometry.spacing_mm
+    stored = np.ascontiguousarray(volume.hu[:, :, ::-1].transpose(2, 0, 1))  # array axes (x reversed, z, y)
+    direction = np.array([[0, 0, -1], [1, 0, 0], [0, 1, 0]], float)
+    origin = np.add(volume.geometry.origin_mm, [dx * (columns - 1), 0, 0])
+    turned = Volume(
+        hu=stored,
+        geometry=Geometry(
+            shape=stored.shape, spacing_mm=(dy, dz, dx), origin_mm=tuple(map(float, origin)), direction=direction
+        ),
+    )
+    labels = lungs(volume).labels[:, :, ::-1].transpose(2, 0, 1)
+    other = prepare_scan(
+        turned, config=config, lung=LabelMap(labels=np.ascontiguousarray(labels), geometry=turned.geometry)
+    )
+    assert other.origin_mm == pytest.approx(plain.origin_mm)
+    np.testing.assert_array_equal(other.lung, plain.lung)
+    assert np.abs(other.ct_hu.astype(int) - plain.ct_hu).max() <= 1
+
+
+def test_padding_becomes_air_and_is_marked(thorax: Thorax) -> None:
+    volume = thorax()
+    hu = volume.hu.copy()
+    hu[:, :, :12] = -2048
+    scan = prepare_scan(replace(volume, hu=hu), config=PrepareConfig(spacing_mm=5.0), lung=lungs(volume))
+    assert scan.ct_hu.min() >= -1000
+    x_mm = np.arange(scan.ct_hu.shape[2]) * 5.0 + scan.origin_mm[0]
+    edge_mm = volume.geometry.origin_mm[0] + 12 * 4.0
+    assert (scan.valid[:, :, x_mm < edge_mm - 4] == 0).all()
+    assert (scan.valid[:, :, x_mm > edge_mm] == 1).all()
+
+
+def test_the_field_of_view_is_the_lungs_and_a_margin(thorax: Thorax) -> None:
+    volume = thorax()
+    scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=4.0, margin_mm=10.0), lung=lungs(volume))
+    box = lung_box_mm(lungs(volume))
+    low = np.asarray(scan.origin_mm)
+    high = low + (np.asarray(scan.ct_hu.shape[::-1]) - 1) * 4.0
+    np.testing.assert_allclose(low, box[0] - 10)
+    assert (np.abs(high - (box[1] + 10)) < 4.0).all()
+
+
+def test_the_coarse_affine_recovers_a_known_stretch_and_shift(thorax: Thorax) -> None:
+    config = PrepareConfig(spacing_mm=4.0)
+    exhale, inhale = (
+        thorax(inflation=f, origin_mm=o) for f, o in ((0.8, (-150.0, -110.0, -300.0)), (1.1, (-130.0, -115.0, 20.0)))
+    )
+    scans = [prepare_scan(volume, config=config, lung=lungs(volume)) for volume in (exhale, inhale)]
+    affine = coarse_affine(scans[0], scans[1])
+    np.testing.assert_allclose(np.diag(affine[:, :3]), [1, 1, 1.1 / 0.8], rtol=0.02)
+    centre_ex, centre_in = ([o[0] + 160, o[1] + 115, o[2] + 145] for o in ((-150, -110, -300), (-130, -115, 20)))
+    np.testing.assert_allclose(affine[:, :3] @ centre_ex + affine[:, 3], centre_in, atol=1.5)
+
+
+def test_phases_without_a_common_side_are_refused(thorax: Thorax) -> None:
+    volume = thorax()
+    right, left = (
+        LabelMap(labels=np.where(lungs(volume).labels == side, side, 0).astype(np.uint8), geometry=volume.geometry)
+        for side in (1, 2)
+    )
+    scans = [prepare_scan(volume, config=PrepareConfig(spacing_mm=6.0), lung=side) for side in (right, left)]
+    with pytest.raises(ValueError, match="no lung of the same side"):
+        coarse_affine(scans[0], scans[1])

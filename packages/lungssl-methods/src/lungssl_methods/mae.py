@@ -1,0 +1,167 @@
+"""Masked autoencoder in 3-D, on any encoder.
+
+Source: He et al. 2022, https://arxiv.org/abs/2111.06377 (0.75 masked, targets normalised per patch, loss on masked
+patches only, small transformer decoder). Differs from it for CT: variances of targets have a floor at CT noise, padding
+counts for nothing, voxels outside the lung for little, and masks come in blocks of tokens 16 voxels wide, because a
+single small token is read off its neighbours. Encoders without `keep` see the masked crop instead of the kept tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int64
+from lungssl_backbones.encoder import token_grid
+from lungssl_data.batch import PairBatch, StepOutput
+from torch import Tensor, nn
+
+from lungssl_methods.losses import mae_loss
+from lungssl_methods.masking import random_block_masks, visible_indices
+from lungssl_methods.method import Gather, checked_encoder
+
+_MASK_WIDTH_VOX = 16
+"""Width of a masked block: MAE's 16 pixels, and the best of nnssl's 3-D ablation (`ssl.md` B.2)."""
+
+
+class Mae(nn.Module):
+    """Reconstructs hidden blocks of the global views of both slots. In `eval()` the masks are always the same."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What is hidden, how it is rebuilt and what counts."""
+
+        mask_ratio: float = 0.75
+        """Share of blocks that is hidden; the count is exact in every sample."""
+        mask_unit_tokens: int | None = None
+        """Side of a hidden block in tokens. None: as many as make 16 voxels, at least 1."""
+        decoder_width: int = 384
+        """Decoder embedding; a multiple of `decoder_heads`."""
+        decoder_depth: int = 4
+        """Decoder blocks."""
+        decoder_heads: int = 6
+        """Decoder attention heads."""
+        norm: Literal["patch", "none"] = "patch"
+        """Targets of zero mean and unit variance per patch, or plain network input."""
+        variance_floor: float = (20 / 1400) ** 2
+        """Least variance that a target is divided by: (20 HU)^2 of a 1400 HU window, about CT noise."""
+        outside_lung_weight: float = 0.1
+        """Weight of measured voxels outside the lung, where inside is 1 (`ssl.md` C2)."""
+
+        def build(
+            self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
+        ) -> "Mae":
+            """An autoencoder around `encoder`. It has no schedule and no state across ranks: the other arguments are
+            those of every method."""
+            return Mae(self, encoder)
+
+    def __init__(self, config: Config, encoder: nn.Module) -> None:
+        """Raises ValueError for a module that is no Encoder."""
+        super().__init__()
+        checked = checked_encoder(encoder)
+        self.config = config
+        self.encoder = encoder
+        self.patch_vox = checked.token_stride_vox
+        self.supports_keep = checked.supports_keep
+        self.unit_tokens = config.mask_unit_tokens or max(1, _MASK_WIDTH_VOX // self.patch_vox)
+        width = config.decoder_width
+        self.embed = nn.Linear(checked.dim, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.decoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, config.decoder_heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(config.decoder_depth)
+        )
+        self.predict = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.patch_vox**3))
+
+    def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
+        """Raises ValueError without global views, and with local ones, which would be made for nothing."""
+        if globals_per_slot < 1 or locals_per_slot > 0:
+            raise ValueError(
+                f"mae rebuilds global views and uses no local ones, got globals_per_slot={globals_per_slot} and "
+                f"locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
+            )
+
+    def forward(self, batch: PairBatch, step: int) -> StepOutput:
+        """Loss over hidden voxels; `loss_vs_zero` is its ratio to that of predicting 0, 1 where nothing is learned.
+
+        Masks are drawn from torch's global CPU generator, on any device. `step` changes nothing.
+
+        Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
+        """
+        views = batch.global_views()
+        if len({view.image.shape for view in views}) != 1:
+            raise ValueError(f"mae needs global views of one size, got {[tuple(v.image.shape) for v in views]}")
+        image = torch.cat([view.image for view in views])
+        lung, valid = torch.cat([view.lung for view in views]), torch.cat([view.valid for view in views])
+        weight = torch.where(lung, 1.0, self.config.outside_lung_weight) * valid
+        z, y, x = image.shape[2:]
+        grid = token_grid((z, y, x), self.patch_vox)
+        # Held-out masks are the same at every evaluation, so that losses of different steps compare.
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        ratio, unit = self.config.mask_ratio, self.unit_tokens
+        host_mask = random_block_masks(len(image), grid, ratio=ratio, unit=unit, generator=generator)
+        mask, keep = host_mask.to(image.device), visible_indices(host_mask).to(image.device)
+        pred = self._decode(self._encode(image, mask, keep), grid)
+        loss = self._loss(pred, image, mask, weight)
+        with torch.no_grad():
+            zero_loss = self._loss(torch.zeros_like(pred), image, mask, weight)
+        metrics = {
+            "loss": loss.detach(),
+            "loss_vs_zero": loss.detach() / zero_loss,
+            "masked_share": mask.float().mean(),
+        }
+        return StepOutput(loss=loss, metrics=metrics)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Nothing moves between steps."""
+
+    def export_encoder(self) -> nn.Module:
+        """The trained encoder."""
+        return self.encoder
+
+    def _encode(
+        self, image: Float[Tensor, "b 1 z y x"], mask: Bool[Tensor, "b n"], keep: Int64[Tensor, "b k"]
+    ) -> Float[Tensor, "b n w"]:
+        """Decoder inputs: for hidden tokens the mask token, or what a convolution tells from around them."""
+        if not self.supports_keep:
+            return self.embed(self.encoder(image, mask=mask).tokens)
+        tokens = self.embed(self.encoder(image, keep=keep).tokens)
+        full = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)
+        return full.scatter(1, keep[..., None].expand_as(tokens), tokens)
+
+    def _decode(self, tokens: Float[Tensor, "b n w"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:
+        tokens = tokens + sincos_positions(grid, tokens.shape[-1]).to(tokens)
+        for block in self.decoder:
+            tokens = block(tokens)
+        return self.predict(tokens)
+
+    def _loss(
+        self,
+        pred: Float[Tensor, "b n p"],
+        image: Float[Tensor, "b 1 z y x"],
+        mask: Bool[Tensor, "b n"],
+        weight: Float[Tensor, "b z y x"],
+    ) -> Float[Tensor, ""]:
+        return mae_loss(
+            pred,
+            image,
+            mask,
+            weight,
+            patch_vox=self.patch_vox,
+            norm=self.config.norm,
+            variance_floor=self.config.variance_floor,
+        )
+
+
+def sincos_positions(grid: tuple[int, int, int], width: int) -> Float32[Tensor, "n width"]:
+    """Fixed 3-D positions of token centres: sines and cosines of each axis side by side, in (z, y, x) token order.
+
+    Wavelengths run from 2 pi to 20000 pi tokens, as in Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. The
+    width % 6 channels that don't share out are 0.
+    """
+    frequencies = 10000.0 ** -torch.linspace(0.0, 1.0, width // 6)
+    index = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32) for side in grid))
+    angle = (index[:, :, None] * frequencies).flatten(1)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width % 6))

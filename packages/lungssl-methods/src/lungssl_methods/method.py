@@ -1,0 +1,69 @@
+"""What every self-supervised method offers the training loop, and how it meets other ranks."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from lungssl_backbones.encoder import Encoder
+from lungssl_data.batch import PairBatch, StepOutput
+from torch import Tensor, nn
+
+__all__ = ["Gather", "LocalGather", "Method", "StepOutput", "checked_encoder"]
+
+
+@runtime_checkable
+class Gather(Protocol):
+    """A method's only view of the other ranks; the training loop injects it."""
+
+    def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The sum of `value` over all ranks, the same on each. No gradient. Every rank must call it."""
+        ...
+
+
+class LocalGather:
+    """One process: its own values are all there is."""
+
+    def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`value` itself."""
+        return value
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An `nn.Module` that turns a batch into a loss.
+
+    Built by `Config.build(encoder, total_steps=..., effective_batch=..., gather=...)`. It never sees the optimizer or
+    the file system. `train()` and `eval()` tell it whether a batch is trained on or held out; in `eval()` nothing that
+    `state_dict()` holds changes, and losses of different steps are comparable.
+    """
+
+    encoder: nn.Module
+    """The encoder being trained."""
+
+    def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
+        """Raises ValueError where the method cannot work with so many views per slot, saying what it needs."""
+        ...
+
+    def forward(self, batch: PairBatch, step: int) -> StepOutput:
+        """The loss of a batch; `step` counts optimizer steps from 0."""
+        ...
+
+    def after_optimizer_step(self, step: int) -> None:
+        """To be called after the optimizer's step `step`, on every rank: moves teachers and centres."""
+        ...
+
+    def export_encoder(self) -> nn.Module:
+        """The encoder to use downstream."""
+        ...
+
+
+def checked_encoder(encoder: nn.Module) -> Encoder:
+    """The same object, known to be an Encoder.
+
+    Raises ValueError for any other module.
+    """
+    if not isinstance(encoder, Encoder):
+        raise ValueError(
+            f"{type(encoder).__name__} is not an Encoder (lungssl_backbones.encoder); "
+            f"build one with lungssl_backbones.create_backbone(name)"
+        )
+    return encoder

@@ -1,0 +1,238 @@
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from lungssl_data.batch import PairBatch
+from lungssl_methods.dino import Dino
+from lungssl_methods.losses import teacher_probs
+from lungssl_methods.schedules import cosine_momentum
+from torch import nn
+
+MakeBatch = Callable[..., PairBatch]
+
+
+def _config(**changes: object) -> Dino.Config:
+    return Dino.Config(**({"prototypes": 32, "head_hidden": 16, "head_bottleneck": 8} | changes))  # pyright: ignore
+
+
+def _teacher_of(method: Dino) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in method.state_dict().items() if name.startswith("teacher_")}
+
+
+def test_the_teacher_starts_as_a_copy_without_gradients(encoder: nn.Module) -> None:
+    method = _config().build(encoder, total_steps=10)
+    for student, teacher in ((method.encoder, method.teacher_encoder), (method.head, method.teacher_head)):
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+        assert not any(p.requires_grad for p in teacher.parameters())
+
+
+# T7
+
+
+def test_with_a_constant_student_the_teacher_follows_the_closed_form(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(momentum=0.9).build(encoder, total_steps=6)
+    start = _teacher_of(method)
+    with torch.no_grad():
+        for parameter in [*method.encoder.parameters(), *method.head.parameters()]:
+            parameter.add_(torch.randn_like(parameter))
+    batch, product = make_batch(2), 1.0
+    for step in range(5):
+        method(batch, step)
+        method.after_optimizer_step(step)
+        product *= cosine_momentum(step, base=0.9, total_steps=6)
+    for name, teacher in method.teacher_encoder.named_parameters():
+        student = method.encoder.get_parameter(name)
+        expected = student + (start[f"teacher_encoder.{name}"] - student) * product
+        torch.testing.assert_close(teacher.detach(), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_at_momentum_one_no_bit_of_the_teachers_parameters_moves(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(momentum=1.0).build(encoder, total_steps=10)
+    start = _teacher_of(method)
+    with torch.no_grad():
+        method.head.prototypes.add_(1.0)
+    method(make_batch(2), 0)
+    method.after_optimizer_step(0)
+    parameters = {f"teacher_encoder.{n}" for n, _ in method.teacher_encoder.named_parameters()}
+    assert all(torch.equal(start[name], method.state_dict()[name]) for name in parameters)
+    assert torch.equal(start["teacher_head.prototypes"], method.teacher_head.prototypes)
+
+
+def test_the_teacher_averages_students_from_after_the_optimizers_step(
+    encoder: nn.Module, make_batch: MakeBatch
+) -> None:
+    method = _config(momentum=0.75, freeze_prototypes=0.0).build(encoder, total_steps=10)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5)
+    bias = method.encoder.get_parameter("embed.bias")
+    teacher = bias.detach().clone()
+    for step in range(2):
+        method(make_batch(2), step).loss.backward()
+        before = bias.detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(before, bias)
+        method.after_optimizer_step(step)
+        momentum = cosine_momentum(step, base=0.75, total_steps=10)
+        teacher = momentum * teacher + (1 - momentum) * bias.detach()
+        torch.testing.assert_close(method.teacher_encoder.get_parameter("embed.bias"), teacher)
+
+
+def test_the_teachers_buffers_are_copies(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config().build(encoder, total_steps=10)
+    method(make_batch(2), 0)
+    assert method.teacher_encoder.get_buffer("seen").item() == 0  # the teacher is in eval mode and counts nothing
+    method.after_optimizer_step(0)
+    assert method.teacher_encoder.get_buffer("seen").item() == method.encoder.get_buffer("seen").item() == 12
+
+
+# T4 in the method
+
+
+def test_the_centre_is_used_before_it_moves_and_moves_once_per_step(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(pairs="all").build(encoder, total_steps=10)
+    batches = [make_batch(2, locals_per_slot=0), make_batch(5, locals_per_slot=0)]
+    logits = []
+    for batch in batches:
+        method.centre.fill_(0.01)
+        expected = method(batch, 0).loss
+        again = method.eval()(batch, 0)
+        method.train()
+        # held out: the same centre, but the final temperature and nothing counted
+        assert again.metrics["teacher_temperature"].item() == pytest.approx(0.06)
+        assert again.loss.item() != expected.item()
+        embeddings = [method.teacher_encoder(view.image).embedding() for view in batch.views]
+        logits.append(method.teacher_head(torch.stack(embeddings)).flatten(0, 1))
+        assert torch.equal(method.centre, torch.full_like(method.centre, 0.01))
+    method.after_optimizer_step(0)
+    mean = torch.cat(logits).mean(0)  # over the accumulated micro-batches of 2 and 5 samples
+    torch.testing.assert_close(method.centre, 0.9 * 0.01 + 0.1 * mean)
+
+
+def test_the_loss_is_that_of_its_parts_for_one_view_per_forward(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(pairs="cross").build(encoder, total_steps=10)
+    batch = make_batch(3, locals_per_slot=1)
+    output = method(batch, 0)
+
+    def logits(model: nn.Module, head: nn.Module, index: int) -> torch.Tensor:
+        return head(model(batch.views[index].image).embedding()[None])[0]
+
+    terms = []
+    for s, view in enumerate(batch.views):
+        for t in range(2):
+            if view.slot != batch.views[t].slot:
+                target = logits(method.teacher_encoder, method.teacher_head, t)
+                probs = teacher_probs(target, torch.zeros(32), 0.04)
+                student = torch.log_softmax(logits(method.encoder, method.head, s) / 0.1, -1)
+                terms.append(-(probs * student).sum(-1).mean())
+    assert output.loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+    assert output.metrics["loss_lnk"].item() == pytest.approx(output.loss.item() / math.log(32), rel=1e-6)
+
+
+def test_views_of_one_size_share_a_forward_and_the_teacher_sees_only_global_ones(
+    encoder: nn.Module, make_batch: MakeBatch
+) -> None:
+    method = _config().build(encoder, total_steps=10)
+    method(make_batch(3), 0)
+    assert method.encoder.calls == [(6, 1, 8, 12, 16), (12, 1, 4, 8, 4)]
+    assert method.teacher_encoder.calls == [(6, 1, 8, 12, 16)]
+
+
+def test_frozen_prototypes_get_a_zero_gradient_and_then_a_real_one(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(freeze_prototypes=0.2).build(encoder, total_steps=10)
+    batch = make_batch(2)
+    for step, moves in ((0, False), (1, False), (2, True)):
+        method.zero_grad()
+        method(batch, step).loss.backward()
+        assert method.head.prototypes.grad is not None
+        assert bool((method.head.prototypes.grad != 0).any()) is moves
+
+
+def test_logits_are_cosines_in_float32_even_under_autocast(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config().build(encoder, total_steps=10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = method.head(torch.randn(2, 3, 12) * 100)
+        loss = method(make_batch(2), 0).loss
+    assert logits.dtype == loss.dtype == torch.float32
+    assert logits.abs().max() <= 1 + 1e-6
+
+
+def test_prototypes_count_by_direction_only(encoder: nn.Module) -> None:
+    head = _config().build(encoder, total_steps=10).head
+    embedding = torch.randn(1, 3, 12)
+    before = head(embedding)
+    head.prototypes.data *= torch.rand(32, 1) + 0.5
+    torch.testing.assert_close(head(embedding), before)
+
+
+def test_temperature_and_momentum_at_their_corners(encoder: nn.Module) -> None:
+    method = _config(momentum=0.9).build(encoder, total_steps=101)
+    assert [method.teacher_temperature(s) for s in (0, 15, 30, 100)] == pytest.approx([0.04, 0.05, 0.06, 0.06])
+    assert [method.momentum(s) for s in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
+    assert method.eval().teacher_temperature(0) == 0.06
+    auto = _config().build(encoder, total_steps=200, effective_batch=16)
+    assert math.log(0.5) / math.log(auto.momentum(0)) == pytest.approx(10.0)
+
+
+def test_a_run_resumed_from_its_state_continues_bit_for_bit(make_batch: MakeBatch, encoder: nn.Module) -> None:
+    batches = [make_batch(2) for _ in range(6)]
+
+    def train(method: Dino, first: int, last: int) -> None:
+        for step in range(first, last):
+            torch.manual_seed(step)
+            method.zero_grad()
+            method(batches[step], step).loss.backward()
+            with torch.no_grad():
+                for parameter in method.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+            method.after_optimizer_step(step)
+
+    whole = _config().build(copy.deepcopy(encoder), total_steps=6)
+    start = copy.deepcopy(whole.state_dict())
+    train(whole, 0, 6)
+    first = _config().build(copy.deepcopy(encoder), total_steps=6)
+    first.load_state_dict(start)
+    train(first, 0, 3)
+    second = _config().build(copy.deepcopy(encoder), total_steps=6)
+    second.load_state_dict(first.state_dict())
+    train(second, 3, 6)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert (whole.centre != 0).any()
+
+
+def test_exports_the_teacher(encoder: nn.Module) -> None:
+    method = _config().build(encoder, total_steps=10)
+    assert method.export_encoder() is method.teacher_encoder
+
+
+@pytest.mark.parametrize(
+    ("pairs", "globals_per_slot", "locals_per_slot", "fits"),
+    [
+        ("all", 1, 0, True),
+        ("cross", 1, 0, True),
+        ("within", 1, 1, True),
+        ("within", 2, 0, True),
+        ("within", 1, 0, False),
+        ("all", 0, 2, False),
+    ],
+)
+def test_views_are_checked_against_the_policy(
+    encoder: nn.Module, pairs: str, globals_per_slot: int, locals_per_slot: int, fits: bool
+) -> None:
+    method = _config(pairs=pairs).build(encoder, total_steps=10)
+    if fits:
+        method.check_views(globals_per_slot=globals_per_slot, locals_per_slot=locals_per_slot)
+    else:
+        with pytest.raises(ValueError, match=r"no student-teacher pair|at least 1 global view per slot"):
+            method.check_views(globals_per_slot=globals_per_slot, locals_per_slot=locals_per_slot)
+
+
+def test_a_constant_encoder_shows_as_zero_spread(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config().build(encoder, total_steps=10)
+    assert method(make_batch(4), 0).metrics["embedding_std"].item() > 0.01
+    with torch.no_grad():
+        method.encoder.get_parameter("norm.weight").zero_()
+        method.encoder.get_parameter("norm.bias").fill_(1.0)
+    assert method(make_batch(4), 0).metrics["embedding_std"].item() == pytest.approx(0.0, abs=1e-6)

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from lungssl_data.batch import PairBatch, StepOutput
+from lungssl_methods import METHODS, list_methods, method_class
+from lungssl_methods.method import LocalGather, Method
+from torch import nn
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_keeps_the_contract(name: str, encoder: nn.Module, make_batch: Callable[..., PairBatch]) -> None:
+    method = method_class(name).Config().build(encoder, total_steps=10, effective_batch=4, gather=LocalGather())
+    assert isinstance(method, Method) and isinstance(method, nn.Module)
+    locals_per_slot = 0 if name == "mae" else 1
+    method.check_views(globals_per_slot=1, locals_per_slot=locals_per_slot)
+    output = method(make_batch(2, locals_per_slot=locals_per_slot, global_size=(16, 32, 32)), 0)
+    assert isinstance(output, StepOutput)
+    output.loss.backward()
+    assert all(p.grad is not None for n, p in method.encoder.named_parameters() if n != "mask_token")
+    assert all(value.ndim == 0 and not value.requires_grad for value in output.metrics.values())
+    assert "loss" in output.metrics
+    method.after_optimizer_step(0)
+    exported = method.export_encoder().state_dict()
+    assert exported.keys() == encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_held_out_batches_move_no_state_and_repeat_exactly(
+    name: str, encoder: nn.Module, make_batch: Callable[..., PairBatch]
+) -> None:
+    method = method_class(name).Config().build(encoder, total_steps=10).eval()
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    batch = make_batch(2, locals_per_slot=0, global_size=(16, 32, 32))
+    first, second = method(batch, 0).loss, method(batch, 9).loss
+    assert first.item() == second.item()
+    assert all((before[key] == value).all() for key, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_module_that_is_no_encoder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"Linear is not an Encoder .*create_backbone"):
+        method_class(name).Config().build(nn.Linear(2, 2), total_steps=10)
+
+
+def test_a_misspelt_method_is_corrected() -> None:
+    assert list_methods() == ["dino", "mae"]
+    with pytest.raises(ValueError, match="unknown method 'dnio'; did you mean 'dino'"):
+        method_class("dnio")
+    with pytest.raises(ValueError, match="unknown method 'zzz'; known: dino, mae"):
+        method_class("zzz")
+
+
+def test_listing_methods_imports_no_torch() -> None:
+    code = "import sys, lungssl_methods; lungssl_methods.list_methods(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lungssl_ops.patches import masked_patch_mse, patchify, unpatchify
+
+
+def test_voxels_are_where_the_docstring_says() -> None:
+    z, y, x = 4, 6, 9
+    volume = torch.arange(2.0 * z * y * x).reshape(1, 2, z, y, x)
+    patches = patchify(volume, (2, 2, 3))
+    assert patches.shape == (1, 2 * 3 * 3, 2 * 2 * 2 * 3)
+    # patch (z 1, y 2, x 0) is row 1 * 9 + 2 * 3 + 0
+    torch.testing.assert_close(patches[0, 15], volume[0, :, 2:4, 4:6, 0:3].flatten())
+
+
+@settings(max_examples=25, deadline=None)
+@given(grid=st.tuples(*[st.integers(1, 4)] * 3), patch=st.tuples(*[st.integers(1, 3)] * 3), c=st.integers(1, 2))
+def test_unpatchify_undoes_patchify(grid: tuple[int, int, int], patch: tuple[int, int, int], c: int) -> None:
+    sides = [g * p for g, p in zip(grid, patch, strict=True)]
+    volume = torch.randn(2, c, *sides)
+    assert torch.equal(unpatchify(patchify(volume, patch), grid, patch), volume)
+
+
+def test_rows_match_a_strided_convolution() -> None:
+    volume, kernel = torch.randn(2, 1, 4, 6, 8), torch.randn(5, 1, 2, 3, 4)
+    expected = F.conv3d(volume, kernel, stride=(2, 3, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patchify(volume, (2, 3, 4)) @ kernel.flatten(1).T, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_side_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 6, 9\) must be multiples of the patch \(4, 4, 4\); crop or pad"):
+        patchify(torch.zeros(1, 1, 4, 6, 9), (4, 4, 4))
+    with pytest.raises(ValueError, match="5 rows of 8 values don't fill a grid"):
+        unpatchify(torch.zeros(1, 5, 8), (1, 2, 2), (2, 2, 2))
+
+
+@pytest.mark.parametrize(("p", "expected"), [(64, 0.984375), (512, 0.998047), (4096, 0.999756)])
+def test_predicting_zero_costs_p_minus_1_over_p(p: int, expected: float) -> None:
+    target = 5.0 + 0.3 * torch.randn(2, 6, p)
+    mask = torch.arange(6).expand(2, 6) < 4
+    loss = masked_patch_mse(torch.zeros(2, 6, p), target, mask, torch.ones(2, 6, p))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_perfect_prediction_costs_nothing() -> None:
+    target = torch.randn(2, 3, 27, dtype=torch.float64)
+    pred = (target - target.mean(-1, keepdim=True)) / target.var(-1, keepdim=True).sqrt()
+    mask, weight = torch.ones(2, 3, dtype=torch.bool), torch.ones_like(target)
+    assert masked_patch_mse(pred, target, mask, weight).item() == pytest.approx(0.0, abs=1e-20)
+    assert masked_patch_mse(target, target, mask, weight, norm="none").item() == 0.0
+
+
+def test_without_normalisation_it_is_the_weighted_mean_square() -> None:
+    pred, target = torch.tensor([[[1.0, 2.0], [3.0, 9.0]]]), torch.zeros(1, 2, 2)
+    mask, weight = torch.tensor([[True, False]]), torch.tensor([[[1.0, 0.5], [1.0, 1.0]]])
+    assert masked_patch_mse(pred, target, mask, weight, norm="none").item() == pytest.approx((1.0 + 0.5 * 4.0) / 1.5)
+
+
+def test_visible_patches_and_padding_have_exactly_zero_gradient() -> None:
+    pred, target = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9, requires_grad=True)
+    mask = torch.tensor([[True, False, True, False], [False, True, True, False]])
+    weight = torch.ones(2, 4, 9)
+    weight[0, 0, :4] = 0.0
+    masked_patch_mse(pred, target, mask, weight).backward()
+    assert pred.grad is not None and target.grad is not None
+    for gradient in (pred.grad, target.grad):
+        assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+        assert torch.equal(gradient[0, 0, :4], torch.zeros(4))
+        assert (gradient[0, 2] != 0).all()
+
+
+def test_padding_does_not_enter_a_patch_s_mean_and_variance() -> None:
+    target, weight = torch.randn(1, 1, 20), torch.ones(1, 1, 20)
+    weight[..., 12:] = 0.0
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    padded = target.clone()
+    padded[..., 12:] = -7.0
+    pred = torch.randn(1, 1, 20)
+    kept = masked_patch_mse(pred[..., :12], target[..., :12], mask, weight[..., :12])
+    torch.testing.assert_close(masked_patch_mse(pred, padded, mask, weight), kept)
+
+
+def test_flat_patches_are_divided_by_the_floor() -> None:
+    # noise of variance 1e-6 under a floor of 1e-4: the target's variance is 1e-2
+    target = 0.2 + 1e-3 * torch.randn(1, 50, 512, dtype=torch.float64)
+    mask, weight = torch.ones(1, 50, dtype=torch.bool), torch.ones_like(target)
+    loss = masked_patch_mse(torch.zeros_like(target), target, mask, weight, variance_floor=1e-4)
+    assert loss.item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_the_gradient_is_the_numerical_one_for_strided_inputs() -> None:
+    pred = torch.randn(7, 2, 3, dtype=torch.float64).permute(1, 2, 0).requires_grad_()
+    target = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    mask, weight = torch.tensor([[True, False, True], [True, True, False]]), torch.rand(2, 3, 7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p, t: masked_patch_mse(p, t, mask, weight), (pred, target))
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    pred, target = torch.randn(1, 8, 4096).bfloat16(), torch.randn(1, 8, 4096).bfloat16()
+    mask, weight = torch.ones(1, 8, dtype=torch.bool), torch.ones(1, 8, 4096)
+    loss = masked_patch_mse(pred, target, mask, weight)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(masked_patch_mse(pred.double(), target.double(), mask, weight).item(), rel=1e-5)
+
+
+def test_an_empty_mask_gives_nan() -> None:
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    assert torch.isnan(masked_patch_mse(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), nothing, torch.ones(1, 2, 3)))

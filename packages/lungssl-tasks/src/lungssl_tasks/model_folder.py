@@ -1,0 +1,156 @@
+"""A fine-tuned model as a folder that needs nothing else.
+
+    model.json          what the model is: format, backbone and decoder with their configs, labels, spacing, roi,
+                        HU window, versions, extra (provenance, free form)
+    model.safetensors   all weights
+
+Written whole or not at all: into a folder beside it, flushed to disk, then renamed. No pickle is written or read.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lungssl_backbones import create_backbone
+from lungssl_backbones.encoder import Encoder
+from lungssl_data.batch import HU_WINDOW
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lungssl_tasks.segmentation import SegmentationModel
+
+FORMAT = "lungssl-segmentation-1"
+_CARD, _WEIGHTS = "model.json", "model.safetensors"
+
+
+class ModelFolderError(ValueError):
+    """A folder that is not a model, or not one that this version reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model was made for."""
+
+    backbone: str
+    labels: dict[int, str]
+    """Label code -> name; 0 is background."""
+    spacing_mm: tuple[float, float, float]
+    """Voxel size (x, y, z) of the scans it expects."""
+    roi_vox: tuple[int, int, int]
+    """Sliding window (z, y, x)."""
+    versions: dict[str, str]
+    """Packages that wrote it."""
+    extra: dict[str, Any]
+    """Provenance as the writer gave it."""
+
+
+def save_model(
+    folder: Path,
+    model: SegmentationModel,
+    *,
+    labels: Mapping[int, str],
+    spacing_mm: tuple[float, float, float],
+    roi_vox: tuple[int, int, int],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model folder; an older model at `folder` is replaced.
+
+    `labels` names the codes 1 to `model.classes`; `extra` must be JSON. Raises ValueError where the labels don't match
+    the model, and ModelFolderError where `folder` exists and holds something else than a model.
+    """
+    if sorted(labels) != list(range(1, model.classes + 1)):
+        raise ValueError(f"labels are {sorted(labels)}, the model's classes are 1 to {model.classes}; name each once")
+    if folder.exists() and not (folder / _CARD).is_file():
+        raise ModelFolderError(f"{folder} exists and is not a model folder; choose another name or remove it")
+    card = {
+        "format": FORMAT,
+        "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
+        "decoder": asdict(model.config),
+        "labels": {str(code): name for code, name in labels.items()},
+        "spacing_mm_xyz": list(spacing_mm),
+        "roi_vox_zyx": list(roi_vox),
+        "hu_window": list(HU_WINDOW),
+        "versions": {name: version(name) for name in ("lungssl-tasks", "lungssl-backbones", "torch")},
+        "extra": dict(extra or {}),
+    }
+    text = json.dumps(card, indent=2)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, new / _WEIGHTS
+        )
+        (new / _CARD).write_text(text)
+        for path in (new / _WEIGHTS, new / _CARD, new):
+            _fsync(path)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+        _fsync(folder.parent)
+
+
+def load_model(folder: Path) -> tuple[SegmentationModel, ModelCard]:
+    """The model in eval mode on the CPU, and what it is for.
+
+    Raises ModelFolderError where the folder isn't a model, is of another format, or its weights don't fit.
+    """
+    for name in (_CARD, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelFolderError(
+                f"{folder} is not a model folder: {name} is missing; give the folder that `lungssl finetune` exported"
+            )
+    try:
+        card = json.loads((folder / _CARD).read_text())
+    except ValueError as error:
+        raise ModelFolderError(f"{folder / _CARD} is not JSON ({error}); copy the folder again") from error
+    found = card.get("format") if isinstance(card, dict) else None
+    if found != FORMAT:
+        raise ModelFolderError(f"{folder / _CARD}: format {found!r}, this version reads {FORMAT!r}; update lungssl")
+    if tuple(card["hu_window"]) != HU_WINDOW:
+        raise ModelFolderError(
+            f"{folder}: trained on the HU window {card['hu_window']}, this version scales to {list(HU_WINDOW)}; "
+            "use the version that wrote it (`versions` in model.json)"
+        )
+    try:
+        encoder = create_backbone(card["backbone"]["name"], **_tuples(card["backbone"]["config"]))
+        assert isinstance(encoder, Encoder)
+        labels = {int(code): name for code, name in card["labels"].items()}
+        model = SegmentationModel.Config(**card["decoder"]).build(encoder, len(labels))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFolderError(
+            f"{folder / _CARD} describes a model that this version cannot build: {error!r}; "
+            "use the version that wrote it (`versions` in model.json)"
+        ) from error
+    try:
+        model.load_state_dict(load_file(folder / _WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelFolderError(
+            f"{folder / _WEIGHTS} does not fit model.json: {error}; copy the folder again"
+        ) from error
+    return model.eval(), ModelCard(
+        backbone=card["backbone"]["name"],
+        labels=labels,
+        spacing_mm=tuple(card["spacing_mm_xyz"]),
+        roi_vox=tuple(card["roi_vox_zyx"]),
+        versions=card["versions"],
+        extra=card["extra"],
+    )
+
+
+def _tuples(config: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the config has tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
