@@ -10,18 +10,20 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 
 
 def test_a_line_holds_loss_entropy_rate_time_left_and_data_wait() -> None:
-    progress = Progress(110, 10, say=print, note=print)
-    progress.update(11, {}, wait_s=2.0)
-    line = progress.line(60, {"loss": 6.25, "teacher_entropy_lnk": 0.8125, "lr": 3e-4, "other": 1.0}, elapsed_s=25.0)
+    progress = Progress(111, 10, say=print, note=print)
+    progress.update(11, {}, wait_s=9.0)  # the first step opens files: not counted
+    progress.update(12, {}, wait_s=2.0)
+    line = progress.line(61, {"loss": 6.25, "teacher_entropy_lnk": 0.8125, "lr": 3e-4, "other": 1.0}, elapsed_s=25.0)
     assert line == (
-        "step 60/110  loss 6.25  teacher_entropy_lnk 0.8125  lr 0.0003  2.00 steps/s, 25 s left  data wait 8%"
+        "step 61/111  loss 6.25  teacher_entropy_lnk 0.8125  lr 0.0003  2.00 steps/s, 25 s left  data wait 8%"
     )
 
 
 def test_waiting_for_data_comes_with_advice() -> None:
     progress = Progress(10, 0, say=print, note=print)
-    progress.update(1, {}, wait_s=4.0)
-    assert progress.line(5, {}, elapsed_s=10.0).endswith("data wait 40%  (raise train.workers)")
+    progress.update(1, {}, wait_s=0.0)
+    progress.update(2, {}, wait_s=4.0)
+    assert progress.line(6, {}, elapsed_s=10.0).endswith("data wait 40%  (raise train.workers)")
 
 
 def test_the_last_step_is_always_printed() -> None:

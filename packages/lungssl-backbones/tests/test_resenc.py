@@ -12,7 +12,9 @@ def test_brightening_a_crop_changes_the_features_unless_the_stem_normalises() ->
     for stem_norm in ("none", "instance"):
         torch.manual_seed(0)
         encoder = ResEnc.Config(widths=(8, 16), depths=(1, 1), stem_norm=stem_norm).build().eval()
-        encoder.stem = nn.Conv3d(1, 8, 3, padding=1, padding_mode="replicate")  # zeros would show the level at the border
+        encoder.stem = nn.Conv3d(
+            1, 8, 3, padding=1, padding_mode="replicate"
+        )  # zeros would show the level at the border
         before, after = encoder(x).pyramid[0], encoder(x + 0.2).pyramid[0]
         moved[stem_norm] = ((after - before).norm() / before.norm()).item()
     assert moved["instance"] < 1e-4

@@ -20,15 +20,15 @@ def _uniform(*shape: int) -> Tensor:
 def test_zero_student_logits_cost_ln_k_for_any_teacher(k: int, ln_k: float) -> None:
     probs = teacher_probs(torch.randn(2, 3, k) * 0.1, torch.zeros(k), 0.04)
     loss = dino_loss(torch.zeros(4, 3, k), probs, torch.ones(4, 2) - torch.eye(4, 2))
-    assert loss.item() == pytest.approx(ln_k, abs=2e-6)
+    assert loss.item() == pytest.approx(ln_k, rel=1e-6)
 
 
 def test_a_student_equal_to_its_teacher_costs_the_teachers_entropy() -> None:
-    logits = torch.randn(2, 3, 64) * 3  # nearly one-hot after sharpening
+    logits = torch.randn(2, 3, 64)  # nearly one-hot after sharpening
     probs = teacher_probs(logits, torch.zeros(64), 0.1)
     loss = dino_loss(logits, probs, torch.eye(2), student_temperature=0.1)
-    assert loss.item() == pytest.approx(teacher_entropy(probs).mean().item(), rel=1e-4)
-    assert loss.item() < 0.5
+    assert loss.item() == pytest.approx(teacher_entropy(probs).mean().item(), abs=1e-5)
+    assert 0.01 < loss.item() < 1.0
 
 
 # T2

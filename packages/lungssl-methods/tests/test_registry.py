@@ -3,6 +3,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
+from lungssl_backbones import create_backbone
 from lungssl_data.batch import PairBatch, StepOutput
 from lungssl_methods import METHODS, list_methods, method_class
 from lungssl_methods.method import LocalGather, Method
@@ -24,6 +26,28 @@ def test_every_method_keeps_the_contract(name: str, encoder: nn.Module, make_bat
     method.after_optimizer_step(0)
     exported = method.export_encoder().state_dict()
     assert exported.keys() == encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("backbone", ["vit3d_nano", "resenc_tiny"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_trains_both_kinds_of_backbone(
+    name: str, backbone: str, make_batch: Callable[..., PairBatch]
+) -> None:
+    method = method_class(name).Config().build(create_backbone(backbone), total_steps=4)
+    locals_per_slot = 0 if name == "mae" else 1
+    sizes = {"global_size": (32, 16, 48), "local_size": (16, 16, 24)}
+    batch = make_batch(2, locals_per_slot=locals_per_slot, **sizes)
+    before = {key: value.clone() for key, value in method.encoder.state_dict().items()}
+    method(batch, 3).loss.backward()
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    method.after_optimizer_step(3)
+    state = method.encoder.state_dict()
+    still = {key for key in before if torch.equal(before[key], state[key])}
+    assert still <= {"mask_token", "mask_value"}
+    method.export_encoder()(batch.views[0].image)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -46,3 +46,12 @@ class TinyEncoder(nn.Module):
 def tiny_encoder() -> Callable[..., TinyEncoder]:
     torch.manual_seed(0)
     return TinyEncoder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads cost more than they save, ten times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

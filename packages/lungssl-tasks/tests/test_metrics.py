@@ -48,7 +48,7 @@ def test_surface_figures_equal_deepminds_package() -> None:
         theirs = surface_distance.compute_surface_distances(second, first, (2.0, 1.0, 0.8))
     spacing_mm = (0.8, 1.0, 2.0)
     assert hd95_mm(first, second, spacing_mm=spacing_mm) == pytest.approx(
-        surface_distance.compute_robust_hausdorff(theirs, 95)
+        surface_distance.compute_robust_hausdorff(theirs, 95), abs=1e-3
     )
     for tolerance_mm in (0.9, 1.7, 3.0):
         assert nsd(first, second, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm) == pytest.approx(

@@ -11,13 +11,13 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
 from lungssl.errors import ConfigError, did_you_mean
+from lungssl.recipe_files import recipe_text
 from lungssl.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -67,31 +67,6 @@ class Recipe:
             if part is not None:
                 values[name] = part.as_dict() if isinstance(part, Part) else asdict(part)
         return _plain(values)
-
-
-def list_recipes() -> list[str]:
-    """Names of the recipes shipped with lungssl, e.g. `dino_vit_nano` and `finetune/segment`."""
-    root = files("lungssl") / "recipes"
-    found = []
-    for entry in root.iterdir():
-        if entry.is_dir():
-            found += [f"{entry.name}/{file.name[:-5]}" for file in entry.iterdir() if file.name.endswith(".yaml")]
-        elif entry.name.endswith(".yaml"):
-            found.append(entry.name[:-5])
-    return sorted(found)
-
-
-def recipe_text(name_or_path: str | Path) -> str:
-    """The YAML of a shipped recipe or of a file (anything that ends in .yaml or .yml). Raises ConfigError."""
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such recipe file; `lungssl list recipes` names the shipped ones")
-        return path.read_text()
-    known = list_recipes()
-    if str(name_or_path) not in known:
-        raise ConfigError(f"unknown recipe {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}")
-    return (files("lungssl") / "recipes" / f"{name_or_path}.yaml").read_text()
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

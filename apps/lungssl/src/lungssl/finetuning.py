@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lungssl_backbones.weights import load_encoder, stored_backbone
+from lungssl_backbones import create_backbone
+from lungssl_backbones.encoder import Encoder
+from lungssl_backbones.weights import load_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.crops import PairCrops, usable_patients
@@ -47,14 +49,6 @@ def encoder_file(source: Path) -> Path:
             f"--encoder {source}: no weights at {path}; give a finished pretraining run, a .safetensors file or 'none'"
         )
     return path
-
-
-def with_encoder(recipe: Recipe, encoder: Path | None) -> Recipe:
-    """The recipe with the backbone that the weight file holds."""
-    if encoder is None:
-        return recipe
-    name, config = stored_backbone(encoder)
-    return dataclasses.replace(recipe, backbone=Part(name=name, config=config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +110,16 @@ def build_finetuning(
         )
     cache = PairCache(data)
     spacing_mm = cache_spacing_mm(cache)
-    recipe = with_encoder(recipe, encoder) if encoder else at_spacing(recipe, spacing_mm)
     where = pick_device(device)
+    task = recipe.task.config
     torch.manual_seed(recipe.seed)
-    backbone = load_encoder(encoder) if encoder else recipe.backbone.config.build()
+    if encoder is None:
+        recipe = at_spacing(recipe, spacing_mm)
+        backbone = create_backbone(recipe.backbone.name, **dataclasses.asdict(recipe.backbone.config))
+    else:
+        backbone = load_encoder(encoder)
+        assert isinstance(backbone, Encoder)
+        recipe = dataclasses.replace(recipe, backbone=Part(name=backbone.name, config=backbone.config))
     check_sizes(recipe, backbone)
     patients = usable_patients(cache, recipe.data, "train")
     if labels.patients is not None:
@@ -130,7 +130,7 @@ def build_finetuning(
         held_out = [judged.batch(index, recipe.train.batch) for index in range(recipe.train.eval_batches)]
     return Finetuning(
         recipe=recipe,
-        task=recipe.task.config.build(backbone, len(LOBES)).to(where),
+        task=task.build(backbone, len(LOBES)).to(where),
         cache=cache,
         crops=PairCrops(PairCache(data), recipe.data, split="train", patients=patients, seed=recipe.seed),
         held_out=held_out,
@@ -187,7 +187,7 @@ def finetune_segment(
             summary[f"{split}_dice"] = float(np.mean(list(dice.values()))) if dice else None
             if dice:
                 run.say(f"whole-scan Dice, {len(dice)} {split} patients: {summary[f'{split}_dice']:.3f}")
-        spacing_mm = (parts.spacing_mm,) * 3
+        spacing_mm = (parts.spacing_mm, parts.spacing_mm, parts.spacing_mm)
         save_model(
             run.export / "model",
             parts.task.model,

@@ -1,23 +1,27 @@
 """Pretraining: a cache, a recipe and a run folder, put together for the training loop."""
 
+import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lungssl_backbones import create_backbone
+from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import save_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.crops import PairCrops
 from lungssl_data.views import ViewSampler
+from lungssl_methods.monitor import Evaluation, LearningCheck
 from torch import nn
 
 from lungssl.config import Recipe
-from lungssl.errors import ConfigError
+from lungssl.errors import ConfigError, DataError
 from lungssl.training.config import TrainConfig
 from lungssl.training.logs import read_metrics
 from lungssl.training.loop import fit, make_optimizer, micro_seed, train_step
@@ -82,6 +86,8 @@ class Pretraining:
 def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pretraining:
     """Open the cache, make crops, encoder and method. Raises ConfigError for parts that don't fit together."""
     where = pick_device(device)
+    cache = PairCache(data)
+    recipe = at_spacing(recipe, cache_spacing_mm(cache))
     train = recipe.train
     torch.manual_seed(micro_seed(recipe.seed, _BUILD))
     encoder, method = build_method(recipe)
@@ -89,7 +95,6 @@ def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pr
         for module in method.modules():  # a teacher's encoder, too
             if type(module) is type(encoder):
                 module.compile()
-    cache = PairCache(data)
     split = "val" if cache.split("val") else "train"
     # A cache of their own: open files are not to be shared with the thread that reads ahead. Seed 0 for every run, so
     # that runs with different seeds are judged on the same crops.
@@ -110,7 +115,7 @@ def build_method(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     """Encoder and method with random weights. Raises ConfigError or ValueError for parts that don't fit together."""
     if recipe.method is None:
         raise ConfigError("this recipe has no `method`: it is for `lungssl finetune`; see `lungssl list recipes`")
-    encoder = recipe.backbone.config.build()
+    encoder = create_backbone(recipe.backbone.name, **dataclasses.asdict(recipe.backbone.config))
     check_sizes(recipe, encoder)
     batch = recipe.train.batch * recipe.train.accumulate
     method = recipe.method.config.build(encoder, total_steps=recipe.train.steps, effective_batch=batch)
@@ -119,8 +124,29 @@ def build_method(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     return encoder, method
 
 
+def cache_spacing_mm(cache: PairCache) -> float:
+    """The voxel size of a cache; DataError where its scans are not all of one isotropic size."""
+    scans = [
+        cache.phase_record(patient, phase) for patient in cache.patients for phase in cache.record(patient).phases()
+    ]
+    sizes = {round(mm, 3) for scan in scans for mm in scan.spacing_mm}
+    if len(sizes) != 1:
+        raise DataError(
+            f"--data {cache.folder}: scans with voxels of {', '.join(f'{mm:g}' for mm in sorted(sizes))} mm; "
+            f"an encoder needs one isotropic size, build the cache with one --spacing-mm"
+        )
+    return sizes.pop()
+
+
+def at_spacing(recipe: Recipe, spacing_mm: float) -> Recipe:
+    """The recipe with a backbone meant for this voxel size: the data decides it."""
+    config = dataclasses.replace(recipe.backbone.config, spacing_mm=spacing_mm)
+    return dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, config=config))
+
+
 def check_sizes(recipe: Recipe, encoder: nn.Module) -> None:
     """Raises ConfigError where views are no whole number of tokens or don't fit into the crops."""
+    assert isinstance(encoder, Encoder)
     stride, views = encoder.token_stride_vox, recipe.views
     sides = {"global_vox": views.global_vox} | ({"local_vox": views.local_vox} if views.locals_per_slot else {})
     for name, side in sides.items():
@@ -164,10 +190,27 @@ def pretrain(
         save_encoder(parts.method.export_encoder(), export, extra=extra)  # pyright: ignore[reportCallIssue, reportArgumentType]
         summary |= {"held_out_split": parts.held_out_split, **judge(read_metrics(run.metrics))}
         run.say(f"encoder: {export}")
-        run.say(f"verdict: {summary['verdict']}")
+        run.say(summary["verdict"])
     summary["seconds"] = round(time.perf_counter() - started, 1)
     run.write_summary(summary)
     return summary
+
+
+def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether the held-out lines of a metrics.jsonl show learning: `learned` (None: too few to tell) and `verdict`."""
+    evaluations = [
+        Evaluation(step=line["step"], loss=line["val/loss"], teacher_entropy_lnk=line.get("val/teacher_entropy_lnk"))
+        for line in history
+        if "val/loss" in line
+    ]
+    check = LearningCheck()
+    if len(evaluations) <= check.window:
+        return {
+            "learned": None,
+            "verdict": f"Not judged: {len(evaluations)} held-out evaluations; lower train.eval_every",
+        }
+    verdict = check.judge(evaluations)
+    return {"learned": verdict.learned, "verdict": verdict.sentence}
 
 
 def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
@@ -179,17 +222,8 @@ def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
     )
     stored = sum(value.numel() * value.element_size() for value in parts.method.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in parts.method.parameters() if p.requires_grad)
-    return "\n".join(
-        [
-            parts.describe(),
-            f"first losses   {cost.losses[0]:.4f}, {cost.losses[1]:.4f}",
-            f"step           {cost.step_s:.2f} s, of which {cost.wait_s:.2f} s waiting for data",
-            f"peak memory    {cost.peak_bytes / 2**30:.2f} GiB ({where.type})",
-            f"{train.steps} steps".ljust(15) + f"{duration(cost.step_s * train.steps)} without held-out evaluation",
-            f"checkpoints    {train.keep_checkpoints} of {(stored + moments) / 2**20:.0f} MiB",
-            "dry run: nothing was written",
-        ]
-    )
+    disk = f"checkpoints    {train.keep_checkpoints} of {(stored + moments) / 2**20:.0f} MiB"
+    return "\n".join([parts.describe(), disk, *cost.lines(train, where)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +237,16 @@ class StepCost:
     """Part of it that waited for data."""
     peak_bytes: int
     """On an accelerator its allocator's peak, on the CPU the process's."""
+
+    def lines(self, config: TrainConfig, device: torch.device) -> list[str]:
+        """For a person: the cost of the run of `config`."""
+        return [
+            f"first losses   {self.losses[0]:.4f}, {self.losses[1]:.4f}",
+            f"step           {self.step_s:.2f} s, of which {self.wait_s:.2f} s waiting for data",
+            f"peak memory    {self.peak_bytes / 2**30:.2f} GiB ({device.type})",
+            f"{config.steps} steps".ljust(15) + f"{duration(self.step_s * config.steps)} without held-out evaluation",
+            "dry run: nothing was written",
+        ]
 
 
 def measure_steps(

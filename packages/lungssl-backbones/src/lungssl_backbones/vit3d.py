@@ -49,7 +49,8 @@ class Vit3d(nn.Module):
         """Register tokens (four in Darcet et al. 2023)."""
         layer_scale: float = 0.1
         """Initial LayerScale: 0.1 for up to 18 blocks in CaiT, Touvron et al. 2021, https://arxiv.org/abs/2103.17239;
-        the 1e-5 of deep models leaves the blocks unused for the first thousands of steps."""
+        the 1e-5 of deeper models starts slower. Toy task that needs attention (predict the right-hand neighbour's
+        level, vit3d_nano, AdamW 1e-3), squared error after 50 and 100 steps: 0.78, 0.005; with 1e-5 0.91, 0.016."""
         drop_path: float = 0.0
         """Probability of skipping the last block, rising linearly from 0 at the first (Huang et al. 2016)."""
         wavelengths_mm: tuple[float, float] = (48.0, 800.0)

@@ -32,6 +32,8 @@ ENCLOSED_SHARE = 0.55
 air beside the body has 0.50 to 0.52, whole lungs 1.0, a lung cut by one border 0.89 to 0.98, by two 0.62 (six CTs)."""
 BODY_MM = 3.0
 """Tissue thinner than twice this (table shells, tubes, clothes) is not body; chest walls are thicker."""
+BODY_SHARE = 0.05
+"""Body parts that a crop cuts apart have at least this share of the largest; less is a thick part of the table."""
 GAS_BELOW_HU = -970.0
 """A smaller component whose median is below is gas in bowel or pleura (-1000), not a second lung."""
 SMALLER_LUNG_SHARE = 0.04
@@ -45,9 +47,11 @@ WORKING_MM = 2.0
 SPLIT_MM = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, 21.0, 25.0)
 """Erosions tried to part touching lungs; half the front-to-back depth of an anterior junction is 5 to 20 mm."""
 SPINE_SIGMA_MM = 8.0
-SPINE_NEAR_MM = 40.0
+"""Blur of the map of bone over the slices: a quarter of a vertebral body's width, so that the spine is one peak."""
 SPINE_SHARE = 0.2
-"""VOLUME"""
+"""Blurred share of a lung's slices with bone at the spine, at least; on eight CTs it is 0.45 to 0.79."""
+SPINE_NEAR_MM = 40.0
+"""The spine lies closer to a lung than this in the axial plane; the humerus of a hanging arm lies farther."""
 VOLUME_ML = (300.0, 12000.0)
 """Believable gas-filled lung: from one lung at full exhale or in severe ARDS to beyond the largest TLC."""
 
@@ -144,8 +148,10 @@ def _average(hu: Int[ndarray, "z y x"], factors: tuple[int, ...], spacing_mm: tu
 
 def _enclosed_air(scan: _Scan) -> tuple[Bool[ndarray, "z y x"], Bool[ndarray, "z y x"]]:
     """Air that the body encloses without the airway, and the airway."""
-    core = edt.edt(scan.tissue, anisotropy=scan.spacing_mm[::-1]) > BODY_MM
-    body = scan.tissue & scan.near(core, BODY_MM)
+    # A layer of one voxel has its centre one voxel from the air.
+    half_mm = max(BODY_MM, *scan.spacing_mm[:2])
+    core, counts, _ = _components(edt.edt(scan.tissue, anisotropy=scan.spacing_mm[::-1]) > half_mm, scan.hu)
+    body = scan.tissue & scan.near((counts >= BODY_SHARE * counts.max())[core] & (core > 0), half_mm)
     sides = np.zeros(body.shape, np.uint8)
     for axis in (1, 2):
         sides += np.logical_or.accumulate(body, axis=axis)
@@ -159,7 +165,7 @@ def _enclosed_air(scan: _Scan) -> tuple[Bool[ndarray, "z y x"], Bool[ndarray, "z
     parenchyma = np.where(gas, 0, counts)
     if parenchyma.max() >= SMALLER_LUNG_SHARE * counts.max():
         counts = parenchyma
-    air = counts[labels] > 0
+    air = (counts >= SMALLER_LUNG_SHARE * counts.max())[labels]
     largest = labels == np.argmax(counts)
     middle = round(float(np.average(np.arange(len(air)), weights=np.count_nonzero(largest, axis=(1, 2)))))
     airway = trachea_and_main_bronchi(
@@ -182,7 +188,7 @@ def _components(
 def _pick_sides(air: Bool[ndarray, "z y x"], airway: Bool[ndarray, "z y x"], scan: _Scan) -> UInt8[ndarray, "z y x"]:
     """The right and the left lung among the components of air; touching lungs are parted."""
     # Without the airway's rim: where a bronchus runs along both lungs, its wall of partial volume bridges them.
-    labels, parts = _parts(air & ~scan.near(airway, max(scan.spacing_mm)), scan)
+    labels, parts = _parts(air & ~scan.near(airway, max(scan.spacing_mm[:2])), scan)
     if not parts:
         raise LungMaskError("no lung was found: all enclosed air belongs to the airway")
     largest = labels == parts[0].label
@@ -194,11 +200,14 @@ def _pick_sides(air: Bool[ndarray, "z y x"], airway: Bool[ndarray, "z y x"], sca
         right_nearer = scan.distance_mm(lungs == RIGHT) <= scan.distance_mm(lungs == LEFT)
         return np.where(largest, np.where(right_nearer, RIGHT, LEFT), 0).astype(np.uint8)
     other = next((p for p in parts[1:] if _opposite(parts[0], p, spine_x)), None)
-    if other is None and spine_x is None:
+    if other is not None:
+        middle_x = (parts[0].centre_mm[2] + other.centre_mm[2]) / 2
+    elif spine_x is not None:
+        middle_x = spine_x
+    else:
         raise LungMaskError(
             "one lung and no spine to tell its side by; use a scan or a crop that shows the spine beside the lung"
         )
-    middle_x = spine_x if other is None else (parts[0].centre_mm[2] + other.centre_mm[2]) / 2
     for part in (parts[0], other):
         if part is not None:
             lungs[labels == part.label] = RIGHT if part.centre_mm[2] < middle_x else LEFT
@@ -284,8 +293,8 @@ def _fill(lungs: UInt8[ndarray, "z y x"], scan: _Scan) -> UInt8[ndarray, "z y x"
 
 
 def _redraw(
-    lungs: UInt8[ndarray, "z y x"], scan: _Scan, hu: Int[ndarray, "z y x"], factors: tuple[int, ...]
-) -> UInt8[ndarray, "z y x"]:
+    lungs: UInt8[ndarray, "z y x"], scan: _Scan, hu: Int[ndarray, "Z Y X"], factors: tuple[int, ...]
+) -> UInt8[ndarray, "Z Y X"]:
     """The mask on the scan's own voxels: within a coarse voxel of the edge, the scan's own HU decide."""
     near_right, near_left = (ndimage.binary_dilation(lungs == side, np.ones((3, 3, 3))) for side in (RIGHT, LEFT))
     other_air = scan.air & (lungs == 0)

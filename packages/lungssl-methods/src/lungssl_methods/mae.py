@@ -63,7 +63,8 @@ class Mae(nn.Module):
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
         self.supports_keep = checked.supports_keep
-        self.unit_tokens = config.mask_unit_tokens or max(1, _MASK_WIDTH_VOX // self.patch_vox)
+        unit = config.mask_unit_tokens
+        self.unit_tokens = max(1, _MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
         width = config.decoder_width
         self.embed = nn.Linear(checked.dim, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)

@@ -20,7 +20,7 @@ def random_block_masks(
 
     Raises ValueError where the grid doesn't split into cubes, or the ratio would hide none or all of them.
     """
-    if any(side % unit for side in grid):
+    if unit < 1 or any(side % unit for side in grid):
         raise ValueError(
             f"a grid of {grid} tokens doesn't split into hidden cubes of {unit} tokens a side; "
             f"take views whose sides are multiples of {unit} tokens, or mask_unit_tokens=1"

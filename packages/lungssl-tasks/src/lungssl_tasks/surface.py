@@ -3,9 +3,9 @@
 DeepMind's definition (Nikolov et al. 2021, doi:10.2196/26151, package `surface-distance`): the surface of a mask is
 one element per 2x2x2 neighbourhood that it partly fills, with the area of its marching-cubes triangles; an element's
 distance is the Euclidean distance to the nearest element of the other mask. The area table is the package's; the rest
-is written here because its 0.1 (the last, July 2024) calls scipy namespaces that scipy 2 removes and sorts elements as
-Python tuples. Boundary-voxel definitions such as MONAI's default give other numbers: 8.56 mm for 7.07 mm of HD95
-on the same masks.
+is written here because its 0.1 (the last, July 2024) calls scipy namespaces that scipy 2 removes, and takes four times
+as long (160 x 300 x 300 voxels, one core: 4.0 s, here 1.0 s through `edt`). Boundary-voxel definitions such as MONAI's
+default give other numbers: 8.56 mm for 7.07 mm of HD95 on the same masks (160^3 voxels of 1 x 1 x 2.5 mm).
 """
 
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ def surface_distances(
 
     Raises ValueError where a mask is empty.
     """
+    import edt
     from scipy import ndimage
-    from scipy.spatial import cKDTree
     from surface_distance.lookup_tables import (
         ENCODE_NEIGHBOURHOOD_3D_KERNEL,
         create_table_neighbour_code_to_surface_area,
@@ -59,26 +59,29 @@ def surface_distances(
 
     if not (pred.any() and truth.any()):
         raise ValueError("an empty mask has no surface; ask `pred.any() and truth.any()` first")
-    spacing_zyx = np.asarray(spacing_mm[::-1])
+    spacing_zyx = spacing_mm[::-1]
     area_of_code = np.asarray(create_table_neighbour_code_to_surface_area(spacing_zyx))
     box = ndimage.find_objects((pred | truth).astype(np.uint8))[0]
 
-    def elements(mask: Bool[ndarray, "z y x"]) -> tuple[Float64[ndarray, "n 3"], Float64[ndarray, " n"]]:
+    def surface(mask: Bool[ndarray, "z y x"]) -> tuple[Bool[ndarray, "_z _y _x"], Float64[ndarray, " n"]]:
         # One plane of padding: the element of a neighbourhood sits at its last voxel.
         inside = np.pad(mask[box], ((0, 1),) * 3).astype(np.uint8)
         code = np.asarray(ndimage.correlate(inside, ENCODE_NEIGHBOURHOOD_3D_KERNEL, mode="constant"), np.uint8)
         at = (code != 0) & (code != 255)
-        return np.argwhere(at) * spacing_zyx, area_of_code[code[at]]
+        return at, area_of_code[code[at]]
 
-    points_pred, area_pred = elements(pred)
-    points_truth, area_truth = elements(truth)
-    to_truth_mm, _ = cKDTree(points_truth).query(points_pred)
-    to_pred_mm, _ = cKDTree(points_pred).query(points_truth)
-    pred_order, truth_order = np.argsort(to_truth_mm, kind="stable"), np.argsort(to_pred_mm, kind="stable")
+    def distance_mm(start: Bool[ndarray, "z y x"], goal: Bool[ndarray, "z y x"]) -> Float64[ndarray, " n"]:
+        # To 0.001 mm: float32 is exact to 0.0001 mm here, and an element just at a tolerance must count as within.
+        return np.round(edt.edt(~goal, anisotropy=spacing_zyx)[start].astype(np.float64), 3)
+
+    at_pred, area_pred = surface(pred)
+    at_truth, area_truth = surface(truth)
+    from_pred, from_truth = distance_mm(at_pred, at_truth), distance_mm(at_truth, at_pred)
+    pred_order, truth_order = np.argsort(from_pred, kind="stable"), np.argsort(from_truth, kind="stable")
     return SurfaceDistances(
-        prediction_mm=to_truth_mm[pred_order],
+        prediction_mm=from_pred[pred_order],
         prediction_mm2=area_pred[pred_order],
-        truth_mm=to_pred_mm[truth_order],
+        truth_mm=from_truth[truth_order],
         truth_mm2=area_truth[truth_order],
     )
 

@@ -8,20 +8,26 @@ a docstring with an example line, raises ConfigError or DataError (`errors.py`),
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lungssl.errors import INTERRUPTED, OK, USAGE, explain
+from lungssl.recipe_files import recipe_text
 
 VERBS: dict[str, str] = {
+    "demo": "lungssl.cli.demo:demo",
+    "doctor": "lungssl.cli.doctor:doctor",
+    "phantom": "lungssl.cli.phantom:phantom",
+    "cache": "lungssl.cli.cache:app",
     "pretrain": "lungssl.cli.pretrain:pretrain",
+    "finetune": "lungssl.cli.finetune:finetune",
+    "segment": "lungssl.cli.segment:segment",
+    "evaluate": "lungssl.cli.evaluate:evaluate",
     "list": "lungssl.cli.names:list_names",
     "config": "lungssl.cli.config:app",
-    "doctor": "lungssl.cli.doctor:doctor",
 }
 """Verb -> "module:function", or "module:app" for a `new_app()` with verbs of its own; in the order of `--help`."""
 
@@ -33,7 +39,27 @@ def new_app(**options: Any) -> typer.Typer:
     return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, **options)
 
 
-class _Verbs(TyperGroup):
+class _QuickHelp:
+    """Gives `--help` a default: Typer imports pydantic (0.2 s) to read an option that has no value."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # pyright: ignore[reportAttributeAccessIssue] (a mix-in)
+        if option is not None:
+            option.default = False
+        return option
+
+
+class Verb(_QuickHelp, TyperCommand):
+    """A command that names an unknown recipe before Typer reads the options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        raw, _, _ = self.make_parser(ctx).parse_args(list(args))
+        if isinstance(raw.get("recipe"), str) and not raw.get("help"):
+            recipe_text(raw["recipe"])
+        return super().parse_args(ctx, args)
+
+
+class _Verbs(_QuickHelp, TyperGroup):
     """Finds commands in VERBS, importing a verb's module only when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -48,15 +74,10 @@ class _Verbs(TyperGroup):
         app = found
         if not isinstance(found, typer.Typer):
             app = new_app()
-            app.command(cmd_name)(found)
+            app.command(cmd_name, cls=Verb)(found)
         command = typer.main.get_command(app)
         command.name = cmd_name
         return command
-
-
-app = typer.Typer(
-    cls=_Verbs, help=BANNER, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, name="lungssl"
-)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,7 +88,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Example: lungssl pretrain dino_vit_nano --out runs/a train.steps=200")
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works after a verb, too.")] = False,
     version: Annotated[
@@ -77,13 +97,29 @@ def _root(
     pass
 
 
+def _command(words: Sequence[str]) -> Any:
+    """The command line's root. It has Typer's completion options only where they are asked for: they cost 0.2 s."""
+    completion = "_LUNGSSL_COMPLETE" in os.environ or any(w == "--help" or "completion" in w for w in words[:1])
+    app = typer.Typer(
+        cls=_Verbs,
+        help=BANNER,
+        epilog="Example: lungssl pretrain dino_vit_nano --out runs/a train.steps=200",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        add_completion=completion,
+    )
+    app.callback()(_root)
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (`errors.py`): 0 ok, 2 usage, 3 data, 4 memory, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        result = typer.main.get_command(app).main(words, prog_name="lungssl", standalone_mode=False)
+        result = _command(words).main(words, prog_name="lungssl", standalone_mode=False)
         sys.stdout.flush()
         if result == INTERRUPTED:  # Typer's word for KeyboardInterrupt
             print("error: interrupted", file=sys.stderr)
@@ -95,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except (Exception, KeyboardInterrupt) as error:
         if debug:
+            import traceback
+
             traceback.print_exc()
         code, text = explain(error)
         print(f"error: {text}", file=sys.stderr)
@@ -105,7 +143,7 @@ def _usage(error: Any) -> int:
     """A command line that Typer cannot make sense of."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(error.format_message())
+        print(error.format_message(), file=sys.stderr)
         return USAGE
     text = " ".join(error.format_message().split()).rstrip(".")
     hint = f"; see `{context.command_path} --help`" if context is not None else ""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lungssl.cli import new_app
+from lungssl.cli import Verb, new_app
 
 app = new_app(no_args_is_help=True, help="Look at a recipe, or check one, without running it.")
 
@@ -12,7 +12,7 @@ _Recipe = Annotated[str, typer.Argument(help="A name of `lungssl list recipes`, 
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. train.steps=200")]
 
 
-@app.command()
+@app.command(cls=Verb)
 def show(
     recipe: _Recipe,
     overrides: _Overrides = None,
@@ -40,7 +40,7 @@ def show(
         _described(keys, getattr(part, "config", part), "  ")
 
 
-@app.command()
+@app.command(cls=Verb)
 def validate(recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Check a recipe: keys, types, and that its encoder and method can be built together.
 

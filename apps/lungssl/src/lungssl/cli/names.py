@@ -1,31 +1,29 @@
 """`lungssl list`."""
 
-from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
-What = Enum("What", {name: name for name in ("methods", "backbones", "recipes", "layouts", "tasks")}, type=str)
+Kind = Literal["methods", "backbones", "recipes", "layouts", "tasks"]
 
 
-def list_names(
-    what: Annotated[What | None, typer.Argument(help="Which names; all without it.")] = None,
-) -> None:
+def list_names(what: Annotated[Kind | None, typer.Argument(help="Which names; all without it.")] = None) -> None:
     """List what there is: methods, backbones, recipes, layouts, tasks.
 
     Example: lungssl list recipes
     """
-    for kind in [what] if what is not None else list(What):
+    for kind in get_args(Kind) if what is None else (what,):
         if what is None:
-            print(f"{kind.value}:")
-        rows = _rows(kind.value)
+            print(f"{kind}:")
+        rows = _rows(kind)
         width = max(len(name) for name, _ in rows)
         for name, note in rows:
             print(f"{'' if what else '  '}{name:<{width}}  {note}".rstrip())
 
 
 def _rows(kind: str) -> list[tuple[str, str]]:
-    from lungssl.config import list_recipes, recipe_text, registry
+    from lungssl.config import registry
+    from lungssl.recipe_files import list_recipes, recipe_text
 
     if kind == "recipes":
         return [(name, recipe_text(name).partition("\n")[0].removeprefix("# ")) for name in list_recipes()]

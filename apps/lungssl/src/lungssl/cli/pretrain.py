@@ -36,9 +36,11 @@ def pretrain(
     from lungssl import pretraining
 
     if data is None:
+        import sys
+
         from lungssl.cohort import builtin_cohort
 
-        data = builtin_cohort()
+        data = builtin_cohort(say=lambda line: print(line, file=sys.stderr))
     if dry_run:
         print(pretraining.dry_run(resolved, data=data, device=device))
     elif out is not None:

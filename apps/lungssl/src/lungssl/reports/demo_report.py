@@ -108,8 +108,8 @@ def sentence(scores: Mapping[str, list[ScanScore]], labelled: int) -> str:
     difference = fine - scratch
     mean, better = float(difference.mean()), int((difference > 0).sum())
     lead = (
-        f"With {labelled} labelled phantoms, lobe Dice on {len(fine)} unseen ones was {fine.mean():.3f} from the pretrained "
-        f"encoder and {scratch.mean():.3f} from random weights: a difference of {mean:+.3f}, "
+        f"With {labelled} labelled phantoms, lobe Dice on {len(fine)} unseen ones was {fine.mean():.3f} from the "
+        f"pretrained encoder and {scratch.mean():.3f} from random weights: a difference of {mean:+.3f}, "
         f"better in {better} of {len(fine)}."
     )
     return (
@@ -123,7 +123,8 @@ def caveat(scores: Mapping[str, list[ScanScore]]) -> str:
     difference = fine - scratch
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else math.nan
     return (
-        f"Paired difference in Dice: {difference.mean():+.3f}, standard deviation over {len(difference)} phantoms {spread:.3f}. "
+        f"Paired difference in Dice: {difference.mean():+.3f}, standard deviation over {len(difference)} phantoms "
+        f"{spread:.3f}. "
         f"This spread holds neither other seeds nor other draws of labelled patients, so it says nothing on whether "
         f"pretraining helps; that question needs all three varied, at equal compute."
     )
@@ -216,7 +217,8 @@ def _score_row(name: str, scores: list[ScanScore]) -> dict[str, Any]:
 def _machine() -> str:
     env = environment()
     commit = env["commit"] or "an installed package"
+    versions = env["versions"]
     return (
-        f"lungssl {env['versions'].get('lungssl')} ({commit}), torch {env['versions'].get('torch')}, Python {env['python']}, "
+        f"lungssl {versions.get('lungssl')} ({commit}), torch {versions.get('torch')}, Python {env['python']}, "
         f"{env['cores']} CPU cores, {platform.machine()}, {sys.platform}."
     )

@@ -35,19 +35,20 @@ def feature_colours(encoder_path: Path, pair: PhasePair) -> FeatureColours:
     encoder = load_encoder(encoder_path).eval()
     strides: tuple[int, ...] = encoder.pyramid_strides_vox  # pyright: ignore[reportAssignmentType]
     level = next((i for i, stride in enumerate(strides) if stride >= _LEAST_STRIDE_VOX), len(strides) - 1)
-    inside = {phase: torch.from_numpy(pair.scan(phase).lung > 0) for phase in pair.phases()}
-    lungs = {phase: _dense_features(encoder, pair.scan(phase), level)[:, mask].T for phase, mask in inside.items()}
+    scans = {phase: pair.scan(phase) for phase in pair.phases()}
+    inside = {phase: torch.from_numpy(scan.lung > 0) for phase, scan in scans.items()}
+    lungs = {phase: _dense_features(encoder, scan, level)[:, inside[phase]].T for phase, scan in scans.items()}
     joint = torch.cat(list(lungs.values()))
     centred = joint.double() - joint.double().mean(0)
     spectrum = torch.linalg.eigvalsh(centred.T @ centred).flip(0)
-    rgb = {}
+    rgb: dict[str, Float[ndarray, "z y x 3"]] = {}
     for phase, mask in inside.items():
         rgb[phase] = np.zeros((*mask.shape, 3))
         rgb[phase][mask.numpy()] = pca_colours(lungs[phase], fit_on=joint).numpy()
     return FeatureColours(
         rgb=rgb,
         explained=float(spectrum[:3].sum() / spectrum.sum()),
-        stride_mm=strides[level] * pair.scan(pair.phases()[0]).spacing_mm[0],
+        stride_mm=strides[level] * next(iter(scans.values())).spacing_mm[0],
     )
 
 

@@ -23,7 +23,7 @@ from lungssl.training.checkpoint import load_checkpoint, newest_valid, save_chec
 from lungssl.training.config import TrainConfig
 from lungssl.training.logs import MetricsLog
 from lungssl.training.precision import autocast
-from lungssl.training.progress import Progress
+from lungssl.training.progress import Progress, shown
 from lungssl.training.read_ahead import read_ahead
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.stop import StopRequest
@@ -87,8 +87,7 @@ def fit(
                 figures = evaluate(done)
             module.train()
             log.write(done, {f"val/{name}": value for name, value in figures.items()})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            progress.interrupt(f"held-out after step {done}: {shown}")
+            progress.interrupt(f"held-out after step {done}: {shown(figures)}")
 
     try:
         with StopRequest(run.stop) as stop:

@@ -19,14 +19,19 @@ class Progress:
         self.steps = steps
         self._say, self._note = say, note
         self._terminal = sys.stderr.isatty()
-        self._started = self._printed = self._noted = time.perf_counter()
+        self._started: float | None = None
+        self._printed = self._noted = 0.0
         self._first = done
         self._wait_s = 0.0
 
     def update(self, done: int, values: Mapping[str, float], wait_s: float) -> None:
         """To be called after every step with the seconds that it waited for data; prints when it is time to."""
-        self._wait_s += wait_s
         now = time.perf_counter()
+        if self._started is None:  # the first step starts the clock: it opens files and compiles, and is not counted
+            self._started = self._noted = now
+            self._first = done
+        else:
+            self._wait_s += wait_s
         last = done >= self.steps
         keep = last or now - self._noted >= _PLAIN_EVERY_S
         show = self._terminal and (last or now - self._printed >= _TERMINAL_EVERY_S)
@@ -47,15 +52,20 @@ class Progress:
         self._say(text)
 
     def line(self, done: int, values: Mapping[str, float], *, elapsed_s: float) -> str:
-        """The text of a line, `elapsed_s` after this process began to train."""
+        """The text of a line, `elapsed_s` after the first step of this process."""
         rate = (done - self._first) / max(elapsed_s, 1e-9)
         waiting = self._wait_s / max(elapsed_s, 1e-9)
-        parts = [f"step {done}/{self.steps}", *(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)]
+        parts = [f"step {done}/{self.steps}", shown(values)]
         parts.append(f"{rate:.2f} steps/s, {duration((self.steps - done) / rate)} left" if rate > 0 else "starting")
         parts.append(f"data wait {waiting:.0%}")
         if waiting > 0.3:  # a third of the machine idle is worth a word
             parts.append("(raise train.workers)")
         return "  ".join(parts)
+
+
+def shown(values: Mapping[str, float]) -> str:
+    """The few figures that a person watches."""
+    return "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
 
 
 def duration(seconds: float) -> str:

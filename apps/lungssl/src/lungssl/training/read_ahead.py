@@ -4,6 +4,8 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
+
 
 def read_ahead(read: Callable[[int], Any], start: int, stop: int, *, workers: int) -> Generator[Any, None, None]:
     """Yield `read(start), ..., read(stop - 1)` in order, made in the background.
@@ -20,12 +22,10 @@ def read_ahead(read: Callable[[int], Any], start: int, stop: int, *, workers: in
                 pending = pool.submit(read, index + 1) if index + 1 < stop else None
                 yield batch
         return
-    from torch.utils.data import DataLoader
-
     yield from DataLoader(_Reads(read, stop), batch_size=None, sampler=range(start, stop), num_workers=workers)
 
 
-class _Reads:
+class _Reads(Dataset[Any]):
     """`read` as the map-style dataset that DataLoader wants."""
 
     def __init__(self, read: Callable[[int], Any], stop: int) -> None:

@@ -239,7 +239,7 @@ def _neck_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float,
     for x_vessel in (-27.0, -18.0, 18.0, 27.0):
         if (x - x_vessel) ** 2 + (y - y_c + 0.1 * b) ** 2 < 36.0:
             return BLOOD_HU
-    return FAT_HU if math.sin(0.16 * x) * math.sin(0.19 * y + 1.0) > 0.3 and airway > 8.0 else MUSCLE_HU
+    return FAT_HU if abs(x) > 36.0 else MUSCLE_HU
 
 
 @njit(nogil=True)

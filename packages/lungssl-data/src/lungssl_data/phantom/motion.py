@@ -165,7 +165,7 @@ def _half_width(
     low, top = diaphragm(chest, breath, 0.0, depth), lung_top(chest, 0.0, depth)
     v = min(max((z - low) / (top - low), -1.0), 1.5)
     width = _exhale_half_width(chest, left, depth, v)
-    t = min(max((SPINE_FRONT - depth) / 0.9, 0.0), 1.0)
+    t = min(max((SPINE_FRONT - depth) / 0.6, 0.0), 1.0)
     if t > 0.0:
         low_e = diaphragm(chest, exhale, 0.0, depth)
         _, b_e, _, _ = axes(chest, exhale, low_e + v * (top - low_e))

@@ -29,12 +29,12 @@ class Preset:
     """Accepted mean HU at inhale (it follows from the volumes, since mass is conserved)."""
     gradient: Range
     """Rise of the tissue fraction from front to back at exhale."""
-    collapse: Range
-    """Tissue fraction that dependent collapse adds."""
-    collapse_depth: Range
+    collapse: Range | None
+    """Tissue fraction of dependent collapse at exhale (0.86 and more is non-aerated, -100 HU), or None without any."""
+    collapse_depth: Range = (0.25, 0.5)
     """Y at which collapse is half complete."""
-    recruitable: Range
-    """Share of the collapse that opens at inhale."""
+    recruitable: Range = (0.0, 0.25)
+    """Share of the collapse that gravity and pressure aim to open at inhale."""
     texture_cv: Range
     exhale_l: Range
     """Accepted volume of both lungs at exhale."""
@@ -59,15 +59,13 @@ PRESETS = {
         exhale_hu=(-735.0, -665.0),
         inhale_hu=(-852.0, -788.0),
         gradient=(0.04, 0.09),
-        collapse=(0.0, 0.0),
-        collapse_depth=(0.5, 0.5),
-        recruitable=(0.0, 0.0),
+        collapse=None,
         texture_cv=(0.12, 0.25),
         exhale_l=(1.9, 3.4),
         inhale_l=(3.6, 6.3),
         exhale_gas_l=(1.0, 3.0),
         gain_l=(1.2, 3.5),
-        displacement_mm=(13.5, 29.5),
+        displacement_mm=(14.0, 27.5),
     ),
     "ards": Preset(
         descent_mm=(8.0, 18.0),
@@ -79,9 +77,7 @@ PRESETS = {
         exhale_hu=None,
         inhale_hu=(-750.0, -350.0),
         gradient=(0.08, 0.2),
-        collapse=(0.4, 0.6),
-        collapse_depth=(0.15, 0.5),
-        recruitable=(0.2, 0.6),
+        collapse=(0.93, 0.96),
         texture_cv=(0.15, 0.25),
         exhale_l=(1.8, 3.5),
         inhale_l=(2.0, 4.2),

@@ -26,9 +26,11 @@ MOST_TISSUE = 0.97
 """Largest tissue fraction in either phase; capping the mass in material space keeps it the same in both (D2)."""
 FISSURE_TISSUE = 0.95
 
-_CALLEES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (_motion, _anatomy)))
-"""numba's cache on disk watches a kernel's own file only. As a default argument, which is part of the cache's key, this
-also recompiles when the functions that the kernels call have changed."""
+_CALLEES = np.empty(
+    0, [(f"crc_{zlib.crc32(b''.join(Path(str(m.__file__)).read_bytes() for m in (_motion, _anatomy))):08x}", np.uint8)]
+)
+"""numba's cache on disk watches a kernel's own file only. Passed to a kernel, this array's type, and so the cache's key,
+also holds a checksum of the files with the functions that it calls: an edit there recompiles."""
 
 
 class Parenchyma(NamedTuple):
@@ -113,35 +115,25 @@ def _tissue_at_exhale(
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def trace(
-    chest: Chest,
-    exhale: Breath,
-    here: Breath,
-    there: Breath,
-    points_mm: ndarray,
-    callees: int = _CALLEES,
-) -> tuple[ndarray, ndarray, ndarray, ndarray]:
-    """Points of phase `here` to region, material (q, Y, v), place in phase `there` and det there / det here."""
+def _trace(
+    chest: Chest, exhale: Breath, here: Breath, there: Breath, points_mm: ndarray, callees: ndarray
+) -> tuple[ndarray, ndarray, ndarray]:
     n = points_mm.shape[0]
-    region, material = np.zeros(n, np.uint8), np.full((n, 3), np.nan)
-    moved, jacobian = np.full((n, 3), np.nan), np.full(n, np.nan)
+    region, material, moved = np.empty(n, np.uint8), np.empty((n, 3)), np.empty((n, 3))
     for i in range(n):
-        kind, q, depth, v, det = locate(chest, exhale, here, points_mm[i, 0], points_mm[i, 1], points_mm[i, 2])
-        x, y, z, det_there = place(chest, exhale, there, kind, q, depth, v)
+        kind, q, depth, v, _ = locate(chest, exhale, here, points_mm[i, 0], points_mm[i, 1], points_mm[i, 2])
+        x, y, z, _ = place(chest, exhale, there, kind, q, depth, v)
         region[i] = kind
         material[i, 0], material[i, 1], material[i, 2] = q, depth, v
         moved[i, 0], moved[i, 1], moved[i, 2] = x, y, z
-        if kind <= LEFT_LUNG:
-            jacobian[i] = det_there / det
-    return region, material, moved, jacobian
+    return region, material, moved
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def place_lung(
-    chest: Chest, exhale: Breath, there: Breath, material: ndarray, callees: int = _CALLEES
+def _place_lung(
+    chest: Chest, exhale: Breath, there: Breath, material: ndarray, callees: ndarray
 ) -> tuple[ndarray, ndarray]:
-    """Lung material (q, Y, v) to points in phase `there` and det."""
     n = material.shape[0]
     moved, det = np.empty((n, 3)), np.empty(n)
     for i in range(n):
@@ -173,7 +165,7 @@ def _render_slab(
     lobes: ndarray,
     jacobian: ndarray,
     displacement: ndarray,
-    callees: int = _CALLEES,
+    callees: ndarray,
 ) -> None:
     widest = chest.half_width_mm + here.lateral_mm + 120.0
     for k in range(first, last):
@@ -249,7 +241,7 @@ def render(
     def slab(first: int) -> None:
         _render_slab(
             chest, anatomy, lung, exhale, here, there, here is exhale, texture, blur_mm, origin, spacing,
-            first, min(first + 8, shape[0]), hu, region, lobes, jacobian, displacement,
+            first, min(first + 8, shape[0]), hu, region, lobes, jacobian, displacement, _CALLEES,
         )  # fmt: skip
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -257,9 +249,23 @@ def render(
     return Rendering(hu=hu, region=region, lobes=lobes, jacobian=jacobian, displacement_mm=displacement)
 
 
+def trace(
+    chest: Chest, exhale: Breath, here: Breath, there: Breath, points_mm: Float64[ndarray, "n 3"]
+) -> tuple[UInt8[ndarray, " n"], Float64[ndarray, "n 3"], Float64[ndarray, "n 3"]]:
+    """Points of phase `here` to region, material (q, Y, v) and place in phase `there`."""
+    return _trace(chest, exhale, here, there, np.ascontiguousarray(points_mm), _CALLEES)
+
+
+def place_lung(
+    chest: Chest, exhale: Breath, there: Breath, material: Float64[ndarray, "n 3"]
+) -> tuple[Float64[ndarray, "n 3"], Float64[ndarray, " n"]]:
+    """Lung material (q, Y, v) to points in phase `there`, and det in mm3 per material unit."""
+    return _place_lung(chest, exhale, there, material, _CALLEES)
+
+
 def to_phase(
     chest: Chest, exhale: Breath, here: Breath, there: Breath, points_mm: Float64[ndarray, "n 3"]
 ) -> Float64[ndarray, "n 3"]:
-    """Lung points of phase `here` at their place in phase `there`; NaN for points that are not in a lung."""
-    region, _, moved, _ = trace(chest, exhale, here, there, np.ascontiguousarray(points_mm))
+    """Lung points of phase `here` to their place in phase `there`; NaN for points that are not in a lung."""
+    region, _, moved = trace(chest, exhale, here, there, points_mm)
     return np.where(((region == RIGHT_LUNG) | (region == LEFT_LUNG))[:, None], moved, np.nan)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from numpy import ndarray
 from numpy.random import Generator
 
@@ -108,17 +108,19 @@ def _draw_body(draw: _Draw, ranges: Preset) -> tuple[Chest, Anatomy]:
     return chest, anatomy
 
 
-def _draw_densities(draw: _Draw, ranges: Preset) -> tuple[Float64[ndarray, " n"], Float64[ndarray, " n"]]:
+def _draw_densities(draw: _Draw, ranges: Preset) -> tuple[Float64[ndarray, " nodes"], Float64[ndarray, " nodes"]]:
     """Tissue fraction over Y at exhale, and the profile over Y that gravity and recruitment aim at for inhale.
 
     The second sets relative expansion only: the volumes, with conserved mass, set its scale.
     """
-    collapse = draw("collapse", ranges.collapse) / (
-        1.0 + np.exp(-(EVEN - draw("collapse_depth", ranges.collapse_depth)) / 0.1)
-    )
-    gradient = draw("gradient", ranges.gradient) * (EVEN + 1.0) / 2
-    exhale = np.minimum(draw("ventral_tissue", (0.22, 0.28)) + gradient + collapse, 0.93)
-    inhale = np.minimum(0.8 * exhale[0] + 0.4 * gradient + collapse * (1.0 - draw("recruitable", ranges.recruitable)), 0.9)
+    rise = (EVEN + 1.0) / 2
+    ventral, gradient = draw("ventral_tissue", (0.22, 0.28)), draw("gradient", ranges.gradient)
+    exhale, inhale = ventral + gradient * rise, 0.9 * ventral + 0.6 * gradient * rise
+    if ranges.collapse is not None:
+        collapsed = 1.0 / (1.0 + np.exp((draw("collapse_depth", ranges.collapse_depth) - EVEN) / 0.12))
+        tissue = draw("collapse", ranges.collapse)
+        exhale = exhale + (tissue - exhale) * collapsed
+        inhale = inhale + (tissue - inhale) * collapsed * (1.0 - draw("recruitable", ranges.recruitable))
     return exhale, inhale
 
 
@@ -126,8 +128,8 @@ def _draw_breaths(
     draw: _Draw,
     ranges: Preset,
     chest: Chest,
-    exhale_density: Float64[ndarray, " n"],
-    inhale_density: Float64[ndarray, " n"],
+    exhale_density: Float64[ndarray, " nodes"],
+    inhale_density: Float64[ndarray, " nodes"],
 ) -> tuple[Breath, Breath]:
     dome, descent = draw("dome_mm", ranges.dome_mm), draw("descent_mm", ranges.descent_mm)
     flattening = draw("flattening", (0.1, 0.3))
@@ -170,7 +172,7 @@ def _draw_parenchyma(
     ranges: Preset,
     material: Float64[ndarray, "n 3"],
     det_exhale: Float64[ndarray, " n"],
-    density: Float64[ndarray, " n"],
+    density: Float64[ndarray, " nodes"],
 ) -> Parenchyma:
     """Fissures from (Y 1, v 0.75) to (Y -0.6, v 0) and near v = 0.5 (D3), shifted to give every lobe its fraction."""
     upper_right, middle, lower_right, upper_left, lower_left = LOBE_FRACTIONS
@@ -180,7 +182,7 @@ def _draw_parenchyma(
     oblique = material[:, 2] - slope * material[:, 1] - bend * (np.abs(material[:, 0]) - 1.5) ** 2
     minor = material[:, 2] - minor_slope * material[:, 1]
 
-    def level(values: Float64[ndarray, " n"], chosen: ndarray, share: float) -> float:
+    def level(values: Float64[ndarray, " n"], chosen: Bool[ndarray, " n"], share: float) -> float:
         """The value below which `share` of the chosen tissue's exhale volume lies."""
         order = np.argsort(values[chosen])
         volume = np.cumsum(det_exhale[chosen][order])

@@ -1,0 +1,83 @@
+"""Whether a pretraining run learned anything, judged from its held-out evaluations alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one pass over the held-out batches gave, in `eval()`."""
+
+    step: int
+    """Optimizer steps taken before it."""
+    loss: float
+    teacher_entropy_lnk: float | None = None
+    """The teacher's entropy in units of ln k; None for methods without a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The answer, and why, in a plain sentence with the numbers."""
+
+    learned: bool
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCheck:
+    """Learned means: the held-out loss fell, and the teacher, where there is one, is neither uniform nor certain.
+
+    The loss at the end is the mean of the last `window` evaluations. It is compared with the highest mean of `window`
+    consecutive evaluations, or single first one, up to the middle of the run, not with the first: a DINO starts with
+    student equal to teacher and no centre, so that its loss rises to about ln k in the first steps, learning or not. A
+    run with learning rate 0 stays there.
+    """
+
+    margin: float = 0.01
+    """Least fall of the loss, as a share of where it fell from. At learning rate 0 it moves by 0.002 (as the centre
+    settles); 200 steps on four scans give several times the margin."""
+    window: int = 2
+    """Evaluations averaged at the end and at the peak."""
+    entropy_lnk: tuple[float, float] = (0.2, 0.95)
+    """Open bounds of the teacher's entropy: above, all crops look alike to it (`ssl.md` B.0); below, it has collapsed
+    onto few prototypes."""
+    warmup: float = 0.5
+    """Share of the run after which the entropy must keep to its bounds: centre and temperature have settled."""
+
+    def judge(self, history: Sequence[Evaluation]) -> Verdict:
+        """Judge evaluations in the order of their steps.
+
+        Raises ValueError for fewer than `window` + 1 evaluations, or steps that don't rise.
+        """
+        steps = [evaluation.step for evaluation in history]
+        if len(history) <= self.window or steps != sorted(set(steps)):
+            raise ValueError(
+                f"LearningCheck needs at least {self.window + 1} evaluations at rising steps, got steps {steps}; "
+                f"evaluate more often"
+            )
+        last = steps[-1]
+        losses = [evaluation.loss for evaluation in history]
+        means = [sum(losses[i : i + self.window]) / self.window for i in range(len(losses) - self.window + 1)]
+        first_half = [m for m, step in zip(means, steps[self.window - 1 :], strict=True) if 2 * step <= last]
+        start, end = max([losses[0], *first_half]), means[-1]
+        fall = (start - end) / abs(start)
+        sentence = f"held-out loss went from {start:.4f} to {end:.4f} ({-fall:+.1%})"
+        # Written so that NaN fails.
+        if not fall >= self.margin:
+            return Verdict(learned=False, sentence=f"Not learning: {sentence}, needed is {-self.margin:+.1%} or less.")
+        low, high = self.entropy_lnk
+        settled = [e for e in history if e.step >= self.warmup * last and e.teacher_entropy_lnk is not None]
+        for evaluation in settled:
+            entropy = evaluation.teacher_entropy_lnk
+            assert entropy is not None
+            if not low < entropy < high:
+                kind = "collapsed onto few prototypes" if entropy <= low else "uniform: all crops look alike to it"
+                return Verdict(
+                    learned=False,
+                    sentence=f"Not learning: the teacher is {kind}; its entropy is {entropy:.3f} ln k at step "
+                    f"{evaluation.step}, outside ({low}, {high}).",
+                )
+        if settled:
+            entropies = [e.teacher_entropy_lnk for e in settled if e.teacher_entropy_lnk is not None]
+            sentence += f", teacher entropy stayed within {min(entropies):.3f} and {max(entropies):.3f} ln k"
+        return Verdict(learned=True, sentence=f"Learning: {sentence}.")
