@@ -4,6 +4,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def _assert_matches(mask: np.ndarray, truth: np.ndarray, at_least: float = 0.97)
         assert _dice(mask == side, truth == side) >= at_least
 
 
-@pytest.mark.parametrize("spacing_mm", [(3.0, 3.5, 4.0), (1.3, 1.6, 4.0)])
+@pytest.mark.parametrize("spacing_mm", [(3.0, 3.5, 4.0), (1.3, 2.4, 4.0)])
 def test_both_lungs_are_found_apart_without_airway_bowel_and_table(spacing_mm: tuple[float, float, float]) -> None:
     geometry = _grid(spacing_mm=spacing_mm)
     mask = lung_mask(_chest(geometry))
@@ -92,7 +92,7 @@ def test_emphysema_and_dense_exhale_are_lung_alike(lung_hu: float) -> None:
     _assert_matches(lung_mask(_chest(geometry, lung_hu=lung_hu)), _truth(geometry))
 
 
-@pytest.mark.parametrize("flips", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("flips", [(1,), (0, 2)])
 def test_flipped_axes_give_the_same_mask_in_the_patient(flips: tuple[int, ...]) -> None:
     volume = _chest(_grid(spacing_mm=(3.1, 1.3, 5.0), half_mm=165.0))
     signs = np.array([-1.0 if 2 - j in flips else 1.0 for j in range(3)])

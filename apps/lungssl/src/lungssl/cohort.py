@@ -15,7 +15,7 @@ from lungssl_data.pair import PhasePair, Split
 class CohortConfig:
     """Which phantoms make a cohort."""
 
-    patients: int = 20
+    patients: int = 16
     """Seeds 0, 1, ...; see `preset_of`."""
     spacing_mm: float = 4.0
     """Voxel size of the phantoms and of the cache: both lungs in a 64-voxel crop, seconds a patient."""

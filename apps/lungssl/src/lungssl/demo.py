@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lungssl_data.cache import PairCache
 from lungssl_tasks.model_folder import load_model
 
 from lungssl.cohort import CohortConfig, make_cohort
 from lungssl.config import load_recipe
+from lungssl.errors import TrainingError
 from lungssl.evaluation import ScanScore, evaluate_model, evaluation_patients, write_scores
 from lungssl.finetuning import LOBES, Labels, encoder_file, finetune_segment
 from lungssl.pretraining import pretrain
@@ -50,7 +52,7 @@ def run_demo(out: Path, *, say: Callable[[str], None], seed: int = 0) -> Path:
     cache = PairCache(out / "cohort")
     recipe = load_recipe("demo/pretrain", [f"seed={seed}"])
     with watch.part("pretraining on both phases, without labels", say):
-        summary = pretrain(recipe, data=cache.folder, out=out / "pretrain")
+        summary = _whole(pretrain(recipe, data=cache.folder, out=out / "pretrain"))
     runs: dict[str, Path] = {}
     for name, title in MODELS.items():
         with watch.part(f"lobes, {title}", say):
@@ -71,16 +73,25 @@ def run_demo(out: Path, *, say: Callable[[str], None], seed: int = 0) -> Path:
     return write_demo_report(results, out / "report.html")
 
 
+def _whole(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run that made all its steps; a stopped one ends the demo."""
+    if summary["stopped_by"] is not None:
+        raise TrainingError(f"the demo was stopped ({summary['stopped_by']}); run it again with --overwrite")
+    return summary
+
+
 def _finetune(name: str, out: Path, seed: int) -> Path:
     run = out / f"segment-{name}"
     encoder = encoder_file(out / "pretrain") if name == "pretrained" else None
     recipe = load_recipe("demo/segment", [f"seed={seed}"])
-    finetune_segment(recipe, data=out / "cohort", out=run, encoder=encoder, labels=LABELS)
+    _whole(finetune_segment(recipe, data=out / "cohort", out=run, encoder=encoder, labels=LABELS))
     return run
 
 
 def _evaluate(run: Path, cache: PairCache, folder: Path) -> list[ScanScore]:
     model, card = load_model(run / "export" / "model")
-    scores = evaluate_model(model, cache, evaluation_patients(cache, "test"), names=LOBES, roi_vox=card.roi_vox)
+    scores = evaluate_model(
+        model, cache, evaluation_patients(cache, "test"), names=LOBES, roi_vox=card.roi_vox, overlap=0.25
+    )
     write_scores(folder, scores)
     return scores

@@ -39,6 +39,7 @@ def evaluate_model(
     *,
     names: Mapping[int, str],
     roi_vox: tuple[int, int, int],
+    overlap: float = 0.5,
     device: str = "cpu",
 ) -> list[ScanScore]:
     """Scores of every labelled scan of `patients`; DataError where none has lobes."""
@@ -49,7 +50,7 @@ def evaluate_model(
             scan = pair.scan(phase)
             if scan.lobes is None:
                 continue
-            predicted = predict_labels(model, scan.ct_hu, roi_vox=roi_vox, device=device)
+            predicted = predict_labels(model, scan.ct_hu, roi_vox=roi_vox, overlap=overlap, device=device)
             rows = segmentation_scores(predicted, scan.lobes, spacing_mm=scan.spacing_mm, labels=names)
             scores += [ScanScore(patient=patient, phase=phase, score=row) for row in rows]
     if not scores:

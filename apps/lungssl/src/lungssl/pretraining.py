@@ -168,7 +168,9 @@ def pretrain(
     Raises ConfigError, the data package's errors, and what `fit` raises.
     """
     parts = build_pretraining(recipe, data, device=device)
-    run = RunFolder.start(out, recipe.as_dict(), data_fingerprint=parts.fingerprint, resume=resume, overwrite=overwrite)
+    run = RunFolder.start(
+        out, parts.recipe.as_dict(), data_fingerprint=parts.fingerprint, resume=resume, overwrite=overwrite
+    )
     run.say(parts.describe())
     if parts.held_out_split == "train" and parts.held_out:
         run.say("WARNING: the cache has no val patients; held-out figures are of training patients")

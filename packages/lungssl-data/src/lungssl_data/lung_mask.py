@@ -65,8 +65,8 @@ def lung_mask(volume: Volume) -> UInt8[ndarray, "z y x"]:
 
     Right is the patient's right, -x of LPS. Two lungs are told apart by their order along x. A single lung (the other
     cropped away, absent or airless) gets its side from the spine: it is the right lung if it lies to the right of the
-    column of bone that runs through its slices. Trachea and main bronchi are left out; the vessels and the airways
-    inside a lung belong to it.
+    column of bone that runs through its slices. Trachea and main bronchi are left out, also the wide part of a
+    bronchus that could be followed into the hilum; the vessels and the smaller airways inside a lung belong to it.
 
     Raises LungMaskError where nothing looks like a lung, or where a single lung shows no spine to tell its side by.
     """

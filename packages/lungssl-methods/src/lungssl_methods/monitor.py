@@ -34,8 +34,8 @@ class LearningCheck:
     """
 
     margin: float = 0.01
-    """Least fall of the loss, as a share of where it fell from. At learning rate 0 it moves by 0.002 (as the centre
-    settles); 200 steps on four scans give several times the margin."""
+    """Least fall of the loss, as a share of where it fell from. Measured over 200 steps of 4 samples from four real
+    scans (vit3d_nano, 32-voxel views): 0.000 at learning rate 0, 0.025 for `dino` and 0.068 for `mae` at 1e-3."""
     window: int = 2
     """Evaluations averaged at the end and at the peak."""
     entropy_lnk: tuple[float, float] = (0.2, 0.95)

@@ -72,7 +72,7 @@ def _fat_mm(anatomy: Anatomy, behind: float) -> float:
 @njit(nogil=True)
 @no_type_check
 def _wall_mm(chest: Chest, anatomy: Anatomy, behind: float, z: float) -> float:
-    """Thickness of ribs and muscle; `behind` runs from -1 in front to 1 at the back. Shoulders fill the tapering top."""
+    """Ribs and muscle; `behind` runs from -1 in front to 1 at the back. Shoulders fill the tapering top."""
     t = min(max((z - chest.base_mm) / (chest.apex_mm - chest.base_mm), 0.0), 1.1)
     side = 1.0 - behind * behind
     back = max(behind, 0.0)
@@ -145,9 +145,7 @@ def _spine_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float
 
 @njit(nogil=True)
 @no_type_check
-def _airway(
-    chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float, z: float
-) -> float:
+def _airway(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float, z: float) -> float:
     """Millimetres outside the lumen of the trachea and the main bronchi; negative inside."""
     low, top = diaphragm(chest, exhale, 0.0, 0.2), lung_top(chest, 0.0, 0.2)
     z_carina = low + anatomy.carina * (top - low)
@@ -166,7 +164,7 @@ def _airway(
 @njit(nogil=True)
 @no_type_check
 def _mediastinum_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float, z: float) -> float:
-    a, b, _, y_c = axes(chest, exhale, z)
+    _, b, _, y_c = axes(chest, exhale, z)
     airway = _airway(chest, anatomy, exhale, x, y, z)
     if airway < 0.0:
         return AIR_HU
@@ -174,8 +172,10 @@ def _mediastinum_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y:
         return 35.0
     low, top = diaphragm(chest, exhale, 0.0, chest.heart_front), lung_top(chest, 0.0, chest.heart_front)
     z_heart = low + chest.heart_level * (top - low)
-    heart = ((x - 0.42 * (chest.heart_left_mm - chest.heart_right_mm)) / (0.5 * (chest.heart_left_mm + chest.heart_right_mm) + 18.0)) ** 2
-    heart += ((y - y_c - chest.heart_front * b) / 44.0) ** 2 + ((z - z_heart) / 56.0) ** 2
+    centre = 0.42 * (chest.heart_left_mm - chest.heart_right_mm)
+    half_width = 0.5 * (chest.heart_left_mm + chest.heart_right_mm) + 18.0
+    heart = ((x - centre) / half_width) ** 2 + ((y - y_c - chest.heart_front * b) / 48.0) ** 2
+    heart += ((z - z_heart) / 62.0) ** 2
     if heart < 1.0:
         return BLOOD_HU
     low, top = diaphragm(chest, exhale, 0.0, 0.2), lung_top(chest, 0.0, 0.2)
@@ -192,9 +192,12 @@ def _mediastinum_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y:
             vessel = min(vessel, math.sqrt((x - x_branch) ** 2 + (y - y_c + 0.05 * b) ** 2) - 5.5)
     if z > z_heart:
         vessel = min(vessel, math.sqrt((x + 27.0) ** 2 + (y - y_c + 0.1 * b) ** 2) - 8.5)
-    vessel = min(vessel, _segment_distance(x, y, z, 24.0, front - 4.0, z_carina - 14.0, 4.0, y_c, z_carina - 16.0) - 12.0)
-    vessel = min(vessel, _segment_distance(x, y, z, 4.0, y_c, z_carina - 16.0, -40.0, y_c + 8.0, z_carina - 24.0) - 9.0)
-    vessel = min(vessel, _segment_distance(x, y, z, 4.0, y_c, z_carina - 16.0, 50.0, y_c + 14.0, z_carina - 18.0) - 9.0)
+    # Pulmonary trunk and its two branches.
+    z_trunk = z_carina - 16.0
+    trunk = _segment_distance(x, y, z, 24.0, front - 4.0, z_trunk + 2.0, 4.0, y_c, z_trunk) - 12.0
+    right = _segment_distance(x, y, z, 4.0, y_c, z_trunk, -40.0, y_c + 8.0, z_trunk - 8.0) - 9.0
+    left = _segment_distance(x, y, z, 4.0, y_c, z_trunk, 50.0, y_c + 14.0, z_trunk - 2.0) - 9.0
+    vessel = min(vessel, trunk, right, left)
     oesophagus = math.sqrt((x - 4.0) ** 2 + (y - y_c - 0.46 * b) ** 2) - 7.0
     return BLOOD_HU if min(vessel, oesophagus) < 0.0 else FAT_HU
 

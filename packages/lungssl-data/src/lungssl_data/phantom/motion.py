@@ -5,14 +5,14 @@ mediastinum and 1 + s with s in [0, 1] from the medial to the costal surface of 
 -1 to posterior +1, v from diaphragm 0 to apex 1. At phase p
 
     Y_p = Y + tau(s) (g_p(Y) - Y)                    gravity: 1-D transport table, identity at the hilum
-    z   = D_p + (v + kappa v (1 - v)) (A - D_p)      dome D_p(s, Y_p), lung top A(s, Y_p), kappa = s (1 - Y^2) (k0 + k1 Y)
+    z   = D_p + (v + kappa v (1 - v)) (A - D_p)      dome D_p(s, Y_p), lung top A(s, Y_p)
     y   = y_c(z) + b(z) Y_p - d_p(z) (1 - Y_p)^2 / 2 AP expansion; the back wall Y = 1 stays
     x   = +-(M_p + s (L_p - M_p)),  L_p = a_p(z) (1 - |Y_p|^n)^(1/n),  mediastinal half width M_p(Y_p, z)
     det = (L_p - M_p) (b + d_p (1 - Y_p)) (A - D_p) (1 + kappa (1 - 2 v)) Y_p'
 
-The matrix row-reduces to triangular, so the determinant is exact, and each line inverts in closed form (the table by
-bisection). M_I = M_E (b h)_E / (b h)_I at one material point keeps the mediastinum's volume; behind, beside the spine,
-M_I = M_E. At exhale g is the identity, kappa 0, d 0.
+with kappa = s (1 - Y^2) (k0 + k1 Y). The matrix row-reduces to triangular, so the determinant is exact, and each line
+inverts in closed form (the table by bisection). M_I = M_E (b h)_E / (b h)_I at one material point keeps the
+mediastinum's volume; behind, beside the spine, M_I = M_E. At exhale g is the identity, kappa 0, d 0.
 
 Around it: the wall keeps (x / a_p, Y) and slides over the lung with its own z (rib lift); abdomen and neck keep (q, Y)
 and move with the diaphragm (down to a floor) and the lung top.

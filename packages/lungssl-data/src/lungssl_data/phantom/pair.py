@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from edt import edt
 from jaxtyping import Float32, Float64, UInt8
 from numpy import ndarray
 from numpy.random import Generator, SeedSequence, default_rng
@@ -87,10 +86,11 @@ class Phantom:
 def make_phantom(config: PhantomConfig) -> Phantom:
     """Draw, render and map one patient.
 
-    Five CPU seconds at 2 mm, spread over all cores; a machine's first call compiles for another half minute.
+    Some 4 CPU seconds at 2 mm, most of them spread over all cores; a machine's first call compiles for 15 s more.
     """
     # One stream per purpose: a change of one (say, the noise) leaves the others' draws alone.
-    names = ("subject", "geometry", "texture", "exhale_texture", "inhale_texture", "exhale_ct", "inhale_ct", "landmarks")
+    names = ["subject", "geometry", "texture", "landmarks"]
+    names += ["exhale_texture", "inhale_texture", "exhale_ct", "inhale_ct"]
     streams = SeedSequence((config.seed, list(PRESETS).index(config.preset))).spawn(len(names))
     rng = {name: default_rng(stream) for name, stream in zip(names, streams, strict=True)}
     subject = draw_subject(rng["subject"], config.preset)
@@ -103,14 +103,12 @@ def make_phantom(config: PhantomConfig) -> Phantom:
             own = texture(rng[f"{name}_texture"], correlation_mm)
             field = np.float32(config.texture_rho**0.5) * shared + np.float32((1 - config.texture_rho) ** 0.5) * own
         geometry = _geometry(subject, here, config, rng["geometry"])
-        rendering = render(
-            subject.chest, subject.anatomy, subject.lung, subject.exhale, here, there, field, geometry
-        )
+        rendering = render(subject.chest, subject.anatomy, subject.lung, subject.exhale, here, there, field, geometry)
         return rendering, *_scan(rendering, geometry, config.noise_hu, rng[f"{name}_ct"])
 
     at_exhale, exhale, exhale_scan = phase("exhale", subject.exhale, subject.inhale)
     at_inhale, inhale, inhale_scan = phase("inhale", subject.inhale, subject.exhale)
-    landmarks_exhale, landmarks_inhale = _landmarks(subject, exhale, inhale, rng["landmarks"])
+    landmarks_exhale, landmarks_inhale = _landmarks(subject, rng["landmarks"])
     return Phantom(
         exhale=exhale,
         inhale=inhale,
@@ -131,7 +129,7 @@ def make_phantom(config: PhantomConfig) -> Phantom:
 
 
 def write_phantom(phantom: Phantom, folder: Path) -> None:
-    """Write a patient's folder in the layout `folder`: CTs and masks as .nii.gz, u as .nrrd, landmarks, phantom.json."""
+    """Write a patient's folder in the layout `folder`: CTs, masks, u as .nrrd, landmarks.csv and phantom.json."""
     # SimpleITK and nibabel take a second to import, and making phantoms needs neither.
     from lungssl_data.field import write_field
     from lungssl_data.readers import write_labels, write_volume
@@ -152,7 +150,7 @@ def write_phantom(phantom: Phantom, folder: Path) -> None:
 
 
 def _geometry(subject: Subject, here: Breath, config: PhantomConfig, rng: Generator) -> Geometry:
-    """A grid around one phase's body, and its lungs along z, shifted by part of a voxel so that phases' grids differ."""
+    """A grid around one phase's body, and its lungs along z, shifted by part of a voxel so that grids differ."""
     chest, anatomy, spacing = subject.chest, subject.anatomy, config.spacing_mm
     # Bounds of the skin as `anatomy.outside_body` draws it; the recess lies 24 mm deeper at the back.
     wall = 28.0 + 1.2 * anatomy.muscle_mm
@@ -193,28 +191,26 @@ def _scan(
     return phase, {"psf_fwhm_mm": fwhm_mm, "noise_hu": sigma_hu, "noise_blur_vox": noise_vox}
 
 
-def _landmarks(
-    subject: Subject, exhale: PhantomPhase, inhale: PhantomPhase, rng: Generator
-) -> tuple[Float64[ndarray, "n 3"], Float64[ndarray, "n 3"]]:
-    """Random points deep enough in both phases' lungs, each kept where no kept one is near (Poisson thinning)."""
-    geometry = exhale.ct.geometry
-    spacing = geometry.spacing_mm[0]
-    deep = np.flatnonzero(_depth_mm(exhale).ravel() >= LANDMARK_DEPTH_MM)
-    index = np.stack(np.unravel_index(rng.permutation(deep)[: 40 * LANDMARKS], geometry.shape)[::-1], 1)
-    points = np.asarray(geometry.origin_mm) + (index + rng.uniform(-0.5, 0.5, index.shape)) * spacing
-    moved = to_phase(subject.chest, subject.exhale, subject.exhale, subject.inhale, points)
-    at_inhale = np.rint((moved - np.asarray(inhale.ct.geometry.origin_mm)) / spacing).astype(int)
-    deep = _depth_mm(inhale)[tuple(at_inhale.T[::-1])] >= LANDMARK_DEPTH_MM
+def _landmarks(subject: Subject, rng: Generator) -> tuple[Float64[ndarray, "n 3"], Float64[ndarray, "n 3"]]:
+    """Random points deep in both phases' lungs, each kept where no kept one is near (Poisson thinning).
+
+    Of the subject alone, not of its grids: one seed has the same landmarks at every spacing. A point is deep where
+    probes in 26 directions, a tenth longer than the depth to allow for what lies between them, all end in its lung.
+    """
+    chest, exhale, inhale = subject.chest, subject.exhale, subject.inhale
+    corner = np.array([chest.half_width_mm, chest.half_depth_mm, chest.apex_mm])
+    points = rng.uniform(-1.0, 1.0, (60 * LANDMARKS, 3)) * corner
+    moved = to_phase(chest, exhale, exhale, inhale, points)
+    lung = np.flatnonzero(np.isfinite(moved).all(1))[: 8 * LANDMARKS]
+    points, moved = points[lung], moved[lung]
+    deep = np.ones(len(points), bool)
+    probes = np.stack(np.meshgrid(*[(-1.0, 0.0, 1.0)] * 3), -1).reshape(-1, 3)
+    for probe in np.delete(probes, 13, axis=0):
+        step = probe * (1.1 * LANDMARK_DEPTH_MM / np.linalg.norm(probe))
+        deep &= np.isfinite(to_phase(chest, exhale, exhale, inhale, points + step)).all(1)
+        deep &= np.isfinite(to_phase(chest, exhale, inhale, exhale, moved + step)).all(1)
     kept: list[int] = []
     for i in np.flatnonzero(deep):
         if all(((points[kept] - points[i]) ** 2).sum(1) >= LANDMARK_GAP_MM**2):
             kept.append(int(i))
-            if len(kept) == LANDMARKS:
-                break
-    return points[kept], moved[kept]
-
-
-def _depth_mm(phase: PhantomPhase) -> Float32[ndarray, "z y x"]:
-    """How far below its lung's surface every point of a voxel lies at least: less half a diagonal and one voxel."""
-    spacing = phase.ct.geometry.spacing_mm[0]
-    return edt(phase.lung, anisotropy=(spacing,) * 3) - np.float32(spacing * (0.5 * 3**0.5 + 1.0))
+    return points[kept[:LANDMARKS]], moved[kept[:LANDMARKS]]

@@ -29,8 +29,8 @@ FISSURE_TISSUE = 0.95
 _CALLEES = np.empty(
     0, [(f"crc_{zlib.crc32(b''.join(Path(str(m.__file__)).read_bytes() for m in (_motion, _anatomy))):08x}", np.uint8)]
 )
-"""numba's cache on disk watches a kernel's own file only. Passed to a kernel, this array's type, and so the cache's key,
-also holds a checksum of the files with the functions that it calls: an edit there recompiles."""
+"""numba's cache on disk watches a kernel's own file only. Passed to a kernel, this array's type, and with it the key of
+the cache, holds a checksum of the files with the functions that it calls: an edit there recompiles."""
 
 
 class Parenchyma(NamedTuple):

@@ -14,16 +14,16 @@ TEXTURE_SHAPE = (192, 120, 160)
 def texture(rng: Generator, correlation_mm: float) -> Float32[ndarray, "z y x"]:
     """Periodic band-limited Gaussian noise, mean 0, variance 1.
 
-    White noise through exp(-(pi f l)^2 / 2) less a fifth as wide a band in frequency: the autocorrelation falls to 1/e
-    near `correlation_mm` (`domain.md` D2: 2-6 mm), and there is no drift over tens of mm, which the density profile owns.
+    White noise through exp(-(pi f l)^2 / 2), less the lowest fifth of that band: the autocorrelation falls to 1/e near
+    l = `correlation_mm` (`domain.md` D2: 2-6 mm), and drifts over tens of mm are left to the density profile.
     """
     white = rng.standard_normal(TEXTURE_SHAPE, dtype=np.float32)
     z, y = (np.fft.fftfreq(n, TEXTURE_SPACING_MM).astype(np.float32) for n in TEXTURE_SHAPE[:2])
     x = np.fft.rfftfreq(TEXTURE_SHAPE[2], TEXTURE_SPACING_MM).astype(np.float32)
     squared = (np.pi * correlation_mm) ** 2 * (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2)
     band = np.exp(-squared / 2) - np.exp(-squared * 25 / 2)
-    field = fft.irfftn(fft.rfftn(white, workers=2) * band, s=TEXTURE_SHAPE, workers=2)
-    return (field / field.std()).astype(np.float32)
+    field = np.asarray(fft.irfftn(fft.rfftn(white, workers=2) * band, s=TEXTURE_SHAPE, workers=2), np.float32)
+    return field / field.std()
 
 
 def scanner_noise(
