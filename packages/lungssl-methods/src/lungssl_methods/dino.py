@@ -1,8 +1,9 @@
 """DINO over paired scans: a student matches, across views, what a slow average of itself says of the whole crop.
 
 Source: Caron et al. 2021, https://arxiv.org/abs/2104.14294 (multi-crop, centring, sharpening, EMA teacher).
-Differs from it: which views are matched is a policy over slots (see `pairing`), the centre moves once per optimizer
-step, not per forward, so that accumulated micro-batches act as one batch, and prototypes are fewer, for small batches.
+Differs from it: which views are matched is a policy over slots (see `pairing`); embeddings are standardised before the
+head (see `moments`); the centre has no start-up bias and moves once per optimizer step, not per forward, so that
+accumulated micro-batches act as one batch; prototypes are fewer, for small batches.
 """
 
 import copy
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.losses import dino_loss, teacher_entropy, teacher_probs, update_centre
 from lungssl_methods.method import Gather, LocalGather, checked_encoder
+from lungssl_methods.moments import RunningMoments
 from lungssl_methods.pairing import PairPolicy, pair_weight, policy_weights, slot_pair_weight
 from lungssl_methods.schedules import auto_momentum, cosine_momentum, linear_warmup_then_constant
 
@@ -50,8 +52,7 @@ class Dino(nn.Module):
         centre_momentum: float = 0.9
         """EMA momentum of the teacher logits' mean that is subtracted before sharpening (DINO's)."""
         momentum: float | None = None
-        """The teacher's EMA momentum at step 0, rising to 1 by a cosine over the run. None: 0.996^(batch / 256),
-        capped at a half-life of 5 % of the run (`schedules.auto_momentum`)."""
+        """The teacher's EMA momentum at step 0, rising to 1 over the run. None: `schedules.auto_momentum`."""
         freeze_prototypes: float = 0.02
         """Share of the run during which the prototypes don't move (DINO: the first epoch)."""
 
@@ -81,6 +82,7 @@ class Dino(nn.Module):
         self.head = _Head(checked_encoder(encoder).dim, config)
         self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False).eval()
+        self.moments = RunningMoments(self.teacher_head.dim, config.centre_momentum)
         self.register_buffer("centre", torch.zeros(config.prototypes))
         # Teacher logits summed since the last optimizer step, and their rows: none whenever a checkpoint is taken.
         self.register_buffer("_logit_sum", torch.zeros(config.prototypes), persistent=False)
@@ -111,11 +113,13 @@ class Dino(nn.Module):
         weight = pair_weight(batch, config.pairs)
         embeddings = _encode(self.encoder, batch.views)
         frozen = step < config.freeze_prototypes * self.total_steps
-        student = self.head(embeddings, frozen_prototypes=frozen)
+        student = self.head(self.moments(embeddings), frozen_prototypes=frozen)
         with torch.no_grad():
-            teacher_logits = self.teacher_head(_encode(self.teacher_encoder, batch.global_views()))
-            probs = teacher_probs(teacher_logits, self.centre, self.teacher_temperature(step))
+            teacher_embeddings = _encode(self.teacher_encoder, batch.global_views())
+            teacher_logits = self.teacher_head(self.moments(teacher_embeddings))
+            probs = teacher_probs(teacher_logits, self.unbiased_centre(), self.teacher_temperature(step))
             if self.training:
+                self.moments.collect(teacher_embeddings)
                 self._logit_sum += teacher_logits.sum(dim=(0, 1))
                 self._rows += teacher_logits.shape[0] * teacher_logits.shape[1]
         loss = dino_loss(student, probs, weight, student_temperature=config.student_temperature)
@@ -143,6 +147,13 @@ class Dino(nn.Module):
         warmup_steps = round(self.config.temperature_warmup * self.total_steps)
         return linear_warmup_then_constant(step, start=start, end=end, warmup_steps=warmup_steps)
 
+    def unbiased_centre(self) -> Float32[Tensor, " k"]:
+        """The centre without its start-up bias towards 0, as Adam's averages: right from the first update on.
+
+        A centre that lags by tens of steps lets all crops of a short run fall onto the same few prototypes first.
+        """
+        return self.centre / self.moments.weight().float().clamp_min(1.0 - self.config.centre_momentum)
+
     def momentum(self, step: int) -> float:
         """The teacher's EMA momentum at a step."""
         return cosine_momentum(step, base=self.base_momentum, total_steps=self.total_steps)
@@ -154,6 +165,7 @@ class Dino(nn.Module):
         rows = torch.tensor(float(self._rows), device=self.centre.device)
         momentum = self.config.centre_momentum
         self.centre = update_centre(self.centre, self._logit_sum, rows, momentum=momentum, gather=self.gather)
+        self.moments.update(self.gather)
         self._logit_sum.zero_()
         self._rows = 0
         pairs = ((self.teacher_encoder, self.encoder), (self.teacher_head, self.head))
@@ -177,6 +189,7 @@ class _Head(nn.Module):
 
     def __init__(self, dim: int, config: Dino.Config) -> None:
         super().__init__()
+        self.dim = dim
         self.mlp = nn.Sequential(
             nn.Linear(dim, config.head_hidden),
             nn.GELU(),
