@@ -103,7 +103,7 @@ def test_the_centre_is_used_before_it_moves_and_moves_once_per_step(encoder: nn.
         assert again.metrics["teacher_temperature"].item() == pytest.approx(0.06)
         assert again.loss.item() != expected.item()
         embeddings = [method.teacher_encoder(view.image).embedding() for view in batch.views]
-        logits.append(method.teacher_head(torch.stack(embeddings)).flatten(0, 1))
+        logits.append(method.teacher_head(torch.stack(embeddings), method.moments).flatten(0, 1))
         assert torch.equal(method.centre, torch.full_like(method.centre, 0.01))
     method.after_optimizer_step(0)
     mean = torch.cat(logits).mean(0)  # over the accumulated micro-batches of 2 and 5 samples
@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_its_parts_for_one_view_per_forward(encoder: nn.Modu
     output = method(batch, 0)
 
     def logits(model: nn.Module, head: nn.Module, index: int) -> torch.Tensor:
-        return head(model(batch.views[index].image).embedding()[None])[0]
+        return head(model(batch.views[index].image).embedding()[None], method.moments)[0]
 
     terms = []
     for s, view in enumerate(batch.views):
@@ -152,18 +152,18 @@ def test_frozen_prototypes_get_a_zero_gradient_and_then_a_real_one(encoder: nn.M
 def test_logits_are_cosines_in_float32_even_under_autocast(encoder: nn.Module, make_batch: MakeBatch) -> None:
     method = _config().build(encoder, total_steps=10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = method.head(torch.randn(2, 3, 12) * 100)
+        logits = method.head(torch.randn(2, 3, 12) * 100, method.moments)
         loss = method(make_batch(2), 0).loss
     assert logits.dtype == loss.dtype == torch.float32
     assert logits.abs().max() <= 1 + 1e-6
 
 
 def test_prototypes_count_by_direction_only(encoder: nn.Module) -> None:
-    head = _config().build(encoder, total_steps=10).head
-    embedding = torch.randn(1, 3, 12)
-    before = head(embedding)
+    method = _config().build(encoder, total_steps=10)
+    head, embedding = method.head, torch.randn(1, 3, 12)
+    before = head(embedding, method.moments)
     head.prototypes.data *= torch.rand(32, 1) + 0.5
-    torch.testing.assert_close(head(embedding), before)
+    torch.testing.assert_close(head(embedding, method.moments), before)
 
 
 def test_temperature_and_momentum_at_their_corners(encoder: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """DINO over paired scans: a student matches, across views, what a slow average of itself says of the whole crop.
 
 Source: Caron et al. 2021, https://arxiv.org/abs/2104.14294 (multi-crop, centring, sharpening, EMA teacher).
-Differs from it: which views are matched is a policy over slots (see `pairing`); embeddings are standardised before the
-head (see `moments`); the centre has no start-up bias and moves once per optimizer step, not per forward, so that
-accumulated micro-batches act as one batch; prototypes are fewer, for small batches.
+Differs from it: which views are matched is a policy over slots (see `pairing`); what goes into the head's MLP and what
+comes out is standardised (see `moments`); the centre has no start-up bias and moves once per optimizer step, not per
+forward, so that accumulated micro-batches act as one batch; prototypes are fewer, for small batches.
 """
 
 import copy
@@ -82,7 +82,8 @@ class Dino(nn.Module):
         self.head = _Head(checked_encoder(encoder).dim, config)
         self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False).eval()
-        self.moments = RunningMoments(self.teacher_head.dim, config.centre_momentum)
+        widths = (self.teacher_head.dim, config.head_bottleneck)
+        self.moments = nn.ModuleList(RunningMoments(width, config.centre_momentum) for width in widths)
         self.register_buffer("centre", torch.zeros(config.prototypes))
         # Teacher logits summed since the last optimizer step, and their rows: none whenever a checkpoint is taken.
         self.register_buffer("_logit_sum", torch.zeros(config.prototypes), persistent=False)
@@ -113,13 +114,12 @@ class Dino(nn.Module):
         weight = pair_weight(batch, config.pairs)
         embeddings = _encode(self.encoder, batch.views)
         frozen = step < config.freeze_prototypes * self.total_steps
-        student = self.head(self.moments(embeddings), frozen_prototypes=frozen)
+        student = self.head(embeddings, self.moments, frozen_prototypes=frozen)
         with torch.no_grad():
             teacher_embeddings = _encode(self.teacher_encoder, batch.global_views())
-            teacher_logits = self.teacher_head(self.moments(teacher_embeddings))
+            teacher_logits = self.teacher_head(teacher_embeddings, self.moments, collect=self.training)
             probs = teacher_probs(teacher_logits, self.unbiased_centre(), self.teacher_temperature(step))
             if self.training:
-                self.moments.collect(teacher_embeddings)
                 self._logit_sum += teacher_logits.sum(dim=(0, 1))
                 self._rows += teacher_logits.shape[0] * teacher_logits.shape[1]
         loss = dino_loss(student, probs, weight, student_temperature=config.student_temperature)
@@ -152,7 +152,7 @@ class Dino(nn.Module):
 
         A centre that lags by tens of steps lets all crops of a short run fall onto the same few prototypes first.
         """
-        return self.centre / self.moments.weight().float().clamp_min(1.0 - self.config.centre_momentum)
+        return self.centre / self.moments[0].weight().float().clamp_min(1.0 - self.config.centre_momentum)
 
     def momentum(self, step: int) -> float:
         """The teacher's EMA momentum at a step."""
@@ -165,7 +165,8 @@ class Dino(nn.Module):
         rows = torch.tensor(float(self._rows), device=self.centre.device)
         momentum = self.config.centre_momentum
         self.centre = update_centre(self.centre, self._logit_sum, rows, momentum=momentum, gather=self.gather)
-        self.moments.update(self.gather)
+        for moments in self.moments:
+            moments.update(self.gather)
         self._logit_sum.zero_()
         self._rows = 0
         pairs = ((self.teacher_encoder, self.encoder), (self.teacher_head, self.head))
@@ -182,7 +183,7 @@ class Dino(nn.Module):
 
 
 class _Head(nn.Module):
-    """Three-layer MLP, L2 normalisation, cosine to the prototypes.
+    """Three-layer MLP between two standardisations, L2 normalisation, cosine to the prototypes.
 
     Prototypes are normalised: DINO's weight norm with its gain frozen at 1 (`norm_last_layer`), so that |logit| <= 1.
     """
@@ -204,16 +205,26 @@ class _Head(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.head_bottleneck))
 
     def forward(
-        self, embedding: Float[Tensor, "v b d"], *, frozen_prototypes: bool = False
+        self,
+        embedding: Float[Tensor, "v b d"],
+        moments: nn.ModuleList,
+        *,
+        collect: bool = False,
+        frozen_prototypes: bool = False,
     ) -> Float32[Tensor, "v b k"]:
+        """Logits; `moments` standardise what comes into the MLP and out of it, and count it if `collect`."""
+        before, after = moments
         prototypes = self.prototypes
         if frozen_prototypes:
             # A zero gradient, not none: distributed training waits for every parameter's gradient.
             prototypes = prototypes.detach() + 0.0 * prototypes
-        bottleneck = self.mlp(embedding)
+        bottleneck = self.mlp(before(embedding))
+        if collect:
+            before.collect(embedding)
+            after.collect(bottleneck)
         # fp32: at temperature 0.04 rounding logits to bf16 moves probabilities by 2 %.
         with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(F.normalize(bottleneck.float(), dim=-1), F.normalize(prototypes.float(), dim=-1))
+            return F.linear(F.normalize(after(bottleneck), dim=-1), F.normalize(prototypes.float(), dim=-1))
 
 
 def _encode(encoder: nn.Module, views: tuple[View, ...]) -> Float[Tensor, "v b d"]:
