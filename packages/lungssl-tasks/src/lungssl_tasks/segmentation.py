@@ -37,6 +37,10 @@ class SegmentationModel(nn.Module):
         of that the level that costs most takes a quarter of the time."""
         max_width: int = 128
         """Most channels of a level; a multiple of `groups` (nnU-Net: 320)."""
+        positions: bool = True
+        """Give each decoder level three channels with the voxel's offset from the crop's centre (CoordConv, Liu et al.
+        2018, https://arxiv.org/abs/1807.03247). Lobes look alike: only their place tells them apart, and convolutions
+        see place through zero padding alone. Meaningful where crops span the lungs; ignored by training elsewhere."""
         groups: int = 4
         """Groups of every GroupNorm: few, since one channel per group is InstanceNorm, which loses absolute HU."""
 
@@ -76,7 +80,8 @@ class SegmentationModel(nn.Module):
         while stride:
             width = self._width(stride)
             self.up[str(stride)] = nn.ConvTranspose3d(inputs, width, 2, stride=2)
-            self.blocks[str(stride)] = _Block(width + skips.get(stride, 0), width, 1, config.groups)
+            place = 3 if config.positions else 0
+            self.blocks[str(stride)] = _Block(width + skips.get(stride, 0) + place, width, 1, config.groups)
             inputs, stride = width, stride // 2
         self.head = nn.Conv3d(inputs, classes + 1, 1)
 
@@ -96,9 +101,10 @@ class SegmentationModel(nn.Module):
         features = pyramid[-1]
         for stride, up in self.up.items():
             features = up(features)
-            if int(stride) in skips:
-                features = torch.cat([features, skips[int(stride)]], dim=1)
-            features = self.blocks[stride](features)
+            parts = [features, *([skips[int(stride)]] if int(stride) in skips else [])]
+            if self.config.positions:
+                parts.append(_offsets(features, int(stride)))
+            features = self.blocks[stride](torch.cat(parts, dim=1))
         return self.head(features)
 
 
@@ -213,6 +219,13 @@ def _mean_dice(
     dice = 2 * (prediction * truth).sum(axes) / (prediction.sum(axes) + volume).clamp(min=1)
     present = volume > 0
     return torch.where(present.any(), (dice * present).sum() / present.sum().clamp(min=1), empty)
+
+
+def _offsets(features: Float[Tensor, "b c z y x"], stride_vox: int) -> Float[Tensor, "b 3 z y x"]:
+    """Offset of each voxel from the crop's centre along z, y and x, in units of 32 image voxels (half a usual crop)."""
+    axes = [(torch.arange(n) - (n - 1) / 2) * (stride_vox / 32) for n in features.shape[2:]]
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return place.to(features).expand(len(features), -1, -1, -1, -1)
 
 
 class _FirstConv(nn.Module):
