@@ -81,6 +81,7 @@ def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = ""
     from lungssl_data.prepare import coarse_affine
 
     scans, corners = {}, {}
+    u_mm = np.where(phantom.exhale.body > 0, phantom.exhale_to_inhale_mm, np.float32(np.nan))
     for phase in ("exhale", "inhale"):
         source = getattr(phantom, phase)
         geometry = source.ct.geometry
@@ -108,7 +109,7 @@ def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = ""
         exhale_to_inhale=coarse_affine(exhale, inhale),
         affine_provenance="lung mask moments",
         displacement=Displacement(
-            u_mm=np.ascontiguousarray(phantom.exhale_to_inhale_mm[(slice(None), *corners["exhale"])]),
+            u_mm=np.ascontiguousarray(u_mm[(slice(None), *corners["exhale"])]),
             spacing_mm=exhale.spacing_mm,
             origin_mm=exhale.origin_mm,
             provenance="phantom (exact)",

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 
-from lungssl_data.lung_mask import lung_mask
+from lungssl_data.lung_mask import LungMaskError, lung_mask, plausibility
 from lungssl_data.pair import AIR_HU, PhaseScan
 from lungssl_data.volume import Geometry, LabelMap, Volume
 
@@ -39,7 +39,10 @@ def prepare_scan(
     `lung` (1 right, 2 left) replaces the training-free mask, `lobes` has the cache's codes. Both may lie on any grid.
     Raises LungMaskError where no plausible lung is found.
     """
-    lung = lung or LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
+    if lung is None:
+        lung = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
+        if problem := plausibility(lung.labels, lung.geometry):
+            raise LungMaskError(problem)
     inside = lung_box_mm(lung)
     target = _target_grid(inside, volume.geometry, config)
     valid = volume.valid()
