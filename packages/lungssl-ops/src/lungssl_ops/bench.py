@@ -56,7 +56,7 @@ class Row:
     peak_mb: float
     floor_ms: float
     floor_share: float
-    """Floor over the shortest time, both undisturbed: 1 is as fast as memory allows, more where caches hold the data."""
+    """Floor over the shortest time: 1 is as fast as memory allows, more where caches hold the data."""
     error: float
     """Norm of the difference to the reference over the reference's norm."""
 
