@@ -64,7 +64,14 @@ def show_scan(
     dx, dy, dz = scan.spacing_mm
     aspect = {"coronal": dz / dx, "axial": dy / dx, "sagittal": dz / dy}[name]
     low, high = WINDOW_HU
-    axes.imshow(plane(scan.ct_hu, scan, name, place_mm), cmap="gray", vmin=low, vmax=high, aspect=aspect)
+    axes.imshow(
+        plane(scan.ct_hu, scan, name, place_mm),
+        cmap="gray",
+        vmin=low,
+        vmax=high,
+        aspect=aspect,
+        interpolation="bilinear",
+    )
     if labels is not None:
         shown = plane(labels, scan, name, place_mm)
         axes.imshow(
