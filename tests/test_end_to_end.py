@@ -131,13 +131,14 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(cache: Path, tmp_path: P
     options = ("--data", str(cache), *DINO, "train.steps=12", "train.checkpoint_every=2", "train.eval_every=100")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert lungssl("pretrain", "dino_resenc_tiny", "--out", whole, *options)[0] == 0
-    command = [sys.executable, "-m", "lungssl.cli", "pretrain", "dino_resenc_tiny", "--out", str(killed), *options]
+    start = "import sys; from lungssl.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "pretrain", "dino_resenc_tiny", "--out", str(killed), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "step_4").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert not (killed / "export" / "encoder.safetensors").exists()
     code, _, err = lungssl("pretrain", "dino_resenc_tiny", "--out", killed, *options, "--resume")
     assert code == 0, err

@@ -82,8 +82,8 @@ class Dino(nn.Module):
         self.head = _Head(checked_encoder(encoder).dim, config)
         self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False).eval()
-        widths = (self.teacher_head.dim, config.head_bottleneck)
-        self.moments = nn.ModuleList(RunningMoments(width, config.centre_momentum) for width in widths)
+        self.embedding_moments = RunningMoments(self.teacher_head.dim, config.centre_momentum)
+        self.bottleneck_moments = RunningMoments(config.head_bottleneck, config.centre_momentum)
         self.register_buffer("centre", torch.zeros(config.prototypes))
         # Teacher logits summed since the last optimizer step, and their rows: none whenever a checkpoint is taken.
         self.register_buffer("_logit_sum", torch.zeros(config.prototypes), persistent=False)
@@ -95,6 +95,11 @@ class Dino(nn.Module):
         self.teacher_encoder.eval()
         self.teacher_head.eval()
         return self
+
+    @property
+    def moments(self) -> tuple[RunningMoments, RunningMoments]:
+        """What standardises the input and the output of both heads' MLPs."""
+        return self.embedding_moments, self.bottleneck_moments
 
     def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
         """Raises ValueError where the pair policy finds no pair among so many views per slot."""
@@ -152,7 +157,7 @@ class Dino(nn.Module):
 
         A centre that lags by tens of steps lets all crops of a short run fall onto the same few prototypes first.
         """
-        return self.centre / self.moments[0].weight().float().clamp_min(1.0 - self.config.centre_momentum)
+        return self.centre / self.embedding_moments.weight().float().clamp_min(1.0 - self.config.centre_momentum)
 
     def momentum(self, step: int) -> float:
         """The teacher's EMA momentum at a step."""
@@ -207,7 +212,7 @@ class _Head(nn.Module):
     def forward(
         self,
         embedding: Float[Tensor, "v b d"],
-        moments: nn.ModuleList,
+        moments: tuple[RunningMoments, RunningMoments],
         *,
         collect: bool = False,
         frozen_prototypes: bool = False,
