@@ -34,7 +34,7 @@ class LearningCheck:
     """
 
     margin: float = 0.015
-    """Least fall of the loss, as a share of where it fell from. Measured over 200 steps of 4 samples (vit3d_nano, 32-voxel
+    """Least fall of the loss, as a share of where it fell from. Measured over 200 steps of 4 (vit3d_nano, 32-voxel
     views, four real scans, commit 84a5bbd). `dino` at learning rate 0: 0.001 with other crops of the same scans held
     out, 0.009 with another patient (averages still settle). Learning: 0.019 to 0.029 on the same scans, 0.059 and 0.084
     on another patient. `mae`: 0.068 and more; at rate 0 exactly 0."""
