@@ -1,6 +1,7 @@
 """The whole way as a user walks it: phantom files, cache, pretraining, fine-tuning, evaluation, masks."""
 
 import csv
+import dataclasses
 import json
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lungssl_data.cache import PairCache
-from lungssl_data.readers import read_labels, read_volume
+from lungssl_data.readers import read_labels, read_volume, write_volume
 from safetensors.numpy import load_file
 
 Run = Callable[..., tuple[int, str, str]]
@@ -127,6 +128,15 @@ def test_without_a_model_segment_writes_the_lungs(phantoms: Path, tmp_path: Path
         assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.9
 
 
+def test_a_mask_of_implausible_volume_is_not_written(phantoms: Path, tmp_path: Path, lungssl: Run) -> None:
+    volume = read_volume(phantoms / "deep000" / "inhale.nii.gz")
+    small = dataclasses.replace(volume.geometry, spacing_mm=(2.5, 2.5, 2.5))
+    write_volume(tmp_path / "small.nii.gz", dataclasses.replace(volume, geometry=small))
+    code, _, err = lungssl("segment", tmp_path / "small.nii.gz", "-o", tmp_path / "mask.nii.gz")
+    assert code == 3 and "ml" in err and err.count("\n") == 1
+    assert not (tmp_path / "mask.nii.gz").exists()
+
+
 def test_a_run_killed_in_the_middle_resumes_bit_for_bit(cache: Path, tmp_path: Path, lungssl: Run) -> None:
     options = ("--data", str(cache), *DINO, "train.steps=12", "train.checkpoint_every=2", "train.eval_every=100")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -152,6 +162,47 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(cache: Path, tmp_path: P
         for line in log:
             line.pop("timing", None)
     assert logs[0] == logs[1]
+
+
+def test_weights_for_another_voxel_size_are_refused(
+    cache: Path, phantoms: Path, encoder: Path, model: Path, tmp_path: Path, lungssl: Run
+) -> None:
+    other = tmp_path / "other"
+    assert lungssl("cache", "build", phantoms, "--out", other, "--spacing-mm", "9")[0] == 0
+    code, _, err = lungssl("finetune", "segment", "--encoder", encoder, "--data", other, "--dry-run", *SEGMENT)
+    assert code == 2 and "is for voxels of 8 mm" in err and "--spacing-mm 8" in err
+    code, _, err = lungssl("evaluate", "--model", model, "--data", other, "--out", tmp_path / "scores")
+    assert code == 2 and "has 9 mm" in err
+
+
+def test_held_out_patients_without_the_phase_do_not_stop_a_run(phantoms: Path, tmp_path: Path, lungssl: Run) -> None:
+    manifest = tmp_path / "cohort.csv"
+    lines = [f"a,exhale,{phantoms}/deep000/exhale.nii.gz,train", f"b,inhale,{phantoms}/deep001/inhale.nii.gz,val"]
+    manifest.write_text("\n".join(["patient_id,phase,image,split", *lines]))
+    assert lungssl("cache", "build", manifest, "--out", tmp_path / "cache", "--spacing-mm", "8")[0] == 0
+    code, out, err = lungssl(
+        "pretrain", "dino_resenc_tiny", "--data", tmp_path / "cache", "--dry-run", *DINO, "data.phases=exhale"
+    )
+    assert code == 0, err
+    assert "1 held out (train)" in out
+
+
+def test_scores_of_one_patient_are_valid_json(cache: Path, model: Path, tmp_path: Path, lungssl: Run) -> None:
+    one = tmp_path / "one"
+    one.mkdir()
+    patient = PairCache(cache).patients[0]
+    (one / f"{patient}.h5").write_bytes((cache / f"{patient}.h5").read_bytes())
+    code, out, err = lungssl(
+        "evaluate", "--model", model, "--data", one, "--split", "all", "--out", tmp_path / "scores"
+    )
+    assert code == 0, err
+    assert "nan" not in out
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    text = (tmp_path / "scores" / "summary.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["all"]["dice"]["sd"] is None
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,35 @@ def test_a_second_build_changes_nothing_and_a_changed_file_only_its_patient(
     assert {outcome for outcome, _ in outcomes(cohort, tmp_path / "cache", spacing_mm=7.0).values()} == {"built"}
 
 
+def test_a_changed_data_file_behind_a_header_rebuilds_its_patient(tmp_path: Path, thorax: Thorax) -> None:
+    folder = tmp_path / "raw" / "p1"
+    folder.mkdir(parents=True)
+    volume = thorax()
+    x, y, z = volume.geometry.spacing_mm
+    (folder / "inhale.mhd").write_text(
+        f"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nDimSize = 80 46 58\n"
+        f"ElementSpacing = {x} {y} {z}\nElementType = MET_SHORT\nElementDataFile = inhale.raw\n"
+    )
+    (folder / "inhale.raw").write_bytes(volume.hu.tobytes())
+    assert outcomes(tmp_path / "raw", tmp_path / "cache")["p1"][0] == "built"
+    assert outcomes(tmp_path / "raw", tmp_path / "cache")["p1"][0] == "unchanged"
+    (folder / "inhale.raw").write_bytes(thorax(inflation=0.9).hu.tobytes())
+    assert outcomes(tmp_path / "raw", tmp_path / "cache")["p1"][0] == "built"
+
+
+def test_a_mask_that_changes_its_role_rebuilds_its_patient(tmp_path: Path, thorax: Thorax) -> None:
+    volume = thorax()
+    write_volume(tmp_path / "ct.nii.gz", volume)
+    x = np.indices(volume.hu.shape)[2]
+    labels = np.where(volume.hu == -700, 1 + (x > 40), 0).astype(np.uint8)
+    write_labels(tmp_path / "mask.nii.gz", LabelMap(labels=labels, geometry=volume.geometry))
+    for column, outcome in (("lobes", "built"), ("lung", "built"), ("lung", "unchanged")):
+        manifest = tmp_path / "cohort.csv"
+        manifest.write_text(f"patient_id,phase,image,{column}\np1,inhale,ct.nii.gz,mask.nii.gz\n")
+        built = list(build_cache(read_layout("manifest", manifest), tmp_path / "cache", config=CONFIG))
+        assert built[0].outcome == outcome
+
+
 def test_a_bad_file_fails_its_patient_in_one_line_and_no_other(cohort: Path, tmp_path: Path) -> None:
     path = cohort / "p1" / "exhale.nii.gz"
     path.write_bytes(path.read_bytes()[:1000])

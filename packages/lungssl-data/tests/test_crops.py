@@ -95,10 +95,23 @@ def test_a_block_larger_than_the_scan_is_padded_and_marked(cache: PairCache) -> 
     assert (sample.ct_hu[~sample.valid] == -1000).all()
 
 
-def test_an_overlap_that_cannot_be_had_is_an_error(cache: PairCache) -> None:
-    crops = PairCrops(cache, CropConfig(crop_vox=(8, 8, 8), jitter_mm=500.0, min_overlap=0.99), patients=["a"])
-    with pytest.raises(CacheError, match=r"lower data\.min_overlap"):
-        crops[0]
+def test_jitter_yields_to_the_overlap(cache: PairCache) -> None:
+    config = CropConfig(crop_vox=(8, 8, 8), jitter_mm=500.0, min_overlap=0.5)
+    crops = PairCrops(cache, config, patients=["a"])
+    centre = torch.tensor([4.0, 4, 4])
+    for sample in (crops[i] for i in range(20)):
+        link = sample.exhale_to_inhale[0]
+        places = [a[:, :3] @ centre + a[:, 3] for a in sample.voxel_to_mm[0]]
+        shift_vox = (link[:, :3] @ places[0] + link[:, 3] - places[1]).abs() / torch.tensor([1.5, 2.0, 2.5])
+        assert (1 - shift_vox / 8).clamp(0).prod() >= 0.5 - 1e-4
+
+
+def test_scans_that_cannot_be_matched_are_named_before_any_crop(tmp_path: Path, make_pair: MakePair) -> None:
+    far = make_pair("far")
+    far.exhale_to_inhale[:, 3] += 1000.0
+    write_pair(far, tmp_path)
+    with pytest.raises(CacheError, match=r"patient far: blocks of \(8, 8, 8\) voxels .* share at most 0%"):
+        PairCrops(PairCache(tmp_path), CropConfig(crop_vox=(8, 8, 8)))
 
 
 def test_an_empty_split_is_named(cache: PairCache) -> None:

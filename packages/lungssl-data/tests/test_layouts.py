@@ -41,6 +41,12 @@ def test_two_volumes_of_one_phase_are_refused(tmp_path: Path) -> None:
         read_layout("folder", tmp_path)
 
 
+def test_one_volume_in_two_formats_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/exhale.nii.gz", "p1/exhale.mha")
+    with pytest.raises(CacheError, match=r"both exhale\.mha and exhale\.nii\.gz; keep one"):
+        read_layout("folder", tmp_path)
+
+
 def test_a_manifest_is_read(tmp_path: Path) -> None:
     touch(tmp_path, "a/ee.mha", "a/ei.mha", "b.nii", "b_lobes.nii")
     manifest = tmp_path / "cohort.csv"

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lungssl_data.lung_mask import LungMaskError
 from lungssl_data.prepare import PrepareConfig, coarse_affine, lung_box_mm, prepare_scan, resample_hu
 from lungssl_data.volume import Geometry, LabelMap, Volume
 
@@ -110,3 +111,46 @@ def test_phases_without_a_common_side_are_refused(thorax: Thorax) -> None:
     scans = [prepare_scan(volume, config=PrepareConfig(spacing_mm=6.0), lung=side) for side in (right, left)]
     with pytest.raises(ValueError, match="no lung of the same side"):
         coarse_affine(scans[0], scans[1])
+
+
+def turned(volume: Volume, degrees: float) -> Volume:
+    """The same voxels on axes turned about z."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    direction = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+    return replace(volume, geometry=replace(volume.geometry, direction=direction))
+
+
+def test_outside_of_an_oblique_scan_is_air_and_marked() -> None:
+    grid = Geometry(shape=(30, 40, 50), spacing_mm=(4.0, 4.0, 4.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
+    volume = turned(Volume(hu=np.full(grid.shape, 40, np.int16), geometry=grid), 20)
+    labels = np.zeros(grid.shape, np.uint8)
+    labels[2:-2, 2:-2, 2:-2] = 1
+    scan = prepare_scan(
+        volume, config=PrepareConfig(spacing_mm=4.0), lung=LabelMap(labels=labels, geometry=volume.geometry)
+    )
+    assert 0.05 < (scan.valid == 0).mean() < 0.9
+    assert (scan.ct_hu[scan.valid == 0] == -1000).all() and (scan.ct_hu[scan.valid == 1] == 40).all()
+
+
+def test_turning_the_axes_adds_no_blur_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    grid = Geometry(shape=(40, 40, 40), spacing_mm=(2.0, 2.0, 2.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
+    noise = turned(Volume(hu=(100 * rng.standard_normal(grid.shape)).astype(np.int16), geometry=grid), 30)
+    # The same axes and spacing, moved by whole voxels: plain copying, whatever the angle.
+    moved = noise.geometry.index_to_mm() @ [5.0, 6.0, 7.0, 1.0]
+    target = replace(noise.geometry, shape=(20, 20, 20), origin_mm=tuple(map(float, moved)))
+    np.testing.assert_array_equal(resample_hu(noise, target), noise.hu[7:27, 6:26, 5:25])
+
+
+def test_a_given_lung_mask_in_other_codes_is_refused(thorax: Thorax) -> None:
+    volume = thorax()
+    labels = LabelMap(labels=lungs(volume).labels * np.uint8(77), geometry=volume.geometry)
+    with pytest.raises(LungMaskError, match=r"has codes \[0, 77, 154\], expected 0, 1 \(right\) and 2 \(left\)"):
+        prepare_scan(volume, config=PrepareConfig(), lung=labels)
+
+
+def test_a_given_mask_of_the_whole_body_is_refused(thorax: Thorax) -> None:
+    volume = thorax()
+    body = LabelMap(labels=(volume.hu > -900).astype(np.uint8), geometry=volume.geometry)
+    with pytest.raises(LungMaskError, match="believable are 0 to 12000 ml"):
+        prepare_scan(volume, config=PrepareConfig(), lung=body)

@@ -17,8 +17,8 @@ class CohortConfig:
 
     patients: int = 16
     """Seeds 0, 1, ...; see `preset_of`."""
-    spacing_mm: float = 4.0
-    """Voxel size of the phantoms and of the cache: both lungs in a 64-voxel crop, seconds a patient."""
+    spacing_mm: float = 5.0
+    """Voxel size of the phantoms and of the cache: both lungs in a 56-voxel view, seconds a patient."""
     texture_rho: float = 0.5
     """Share of the texture that both phases have in common: at 1 dense methods could match identical noise
     (`domain.md` D2), so the demo runs at one half."""

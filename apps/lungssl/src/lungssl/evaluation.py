@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,8 +96,8 @@ def table(scores: list[ScanScore]) -> str:
     lines = [f"{values['patients']} patients, {values['scans']} scans; mean ± standard deviation over patients", head]
     for name, moments in values.items():
         if isinstance(moments, dict):
-            cells = [f"{moments[m]['mean']:.3f} ± {moments[m]['sd']:.3f}" for m in ("dice", "nsd")]
-            cells += [f"{moments[m]['mean']:.1f} ± {moments[m]['sd']:.1f}" for m in ("hd95_mm", "volume_error_ml")]
+            digits = {"dice": 3, "nsd": 3, "hd95_mm": 1, "volume_error_ml": 1}
+            cells = [_cell(moments[metric], places) for metric, places in digits.items()]
             lines.append(f"{name:>6} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {cells[3]:>18}")
     return "\n".join(lines)
 
@@ -111,14 +110,19 @@ def write_scores(folder: Path, scores: list[ScanScore]) -> None:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "summary.json").write_text(json.dumps(summary(scores), indent=2))
+    (folder / "summary.json").write_text(json.dumps(summary(scores), indent=2, allow_nan=False))
     (folder / "table.txt").write_text(table(scores) + "\n")
 
 
-def _moments(scores: list[ScanScore]) -> dict[str, dict[str, float]]:
+def _cell(moments: dict[str, float | None], digits: int) -> str:
+    sd = "–" if moments["sd"] is None else f"{moments['sd']:.{digits}f}"
+    return f"{moments['mean']:.{digits}f} ± {sd}"
+
+
+def _moments(scores: list[ScanScore]) -> dict[str, dict[str, float | None]]:
     result = {}
     for metric in METRICS:
         values = list(per_patient(scores, metric).values())
-        sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
         result[metric] = {"mean": float(np.mean(values)), "sd": sd}
     return result

@@ -23,11 +23,13 @@ from lungssl_tasks.segmentation import SegmentationTask
 from lungssl.config import Part, Recipe
 from lungssl.errors import ConfigError
 from lungssl.evaluation import evaluate_model, per_patient
-from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, measure_steps
+from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, check_spacing, measure_steps
 from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.run_folder import RunFolder
 
+WHOLE_LUNGS_MM = 250
+"""Height and width of most adult lungs (LIDC case here: 300 x 270 mm with margins of 20 mm)."""
 LOBES = {1: "RUL", 2: "RML", 3: "RLL", 4: "LUL", 5: "LLL"}
 
 
@@ -119,6 +121,7 @@ def build_finetuning(
     else:
         backbone = load_encoder(encoder)
         assert isinstance(backbone, Encoder)
+        check_spacing(f"--encoder {encoder}", backbone.spacing_mm, cache)
         recipe = dataclasses.replace(recipe, backbone=Part(name=backbone.name, config=backbone.config))
     check_sizes(recipe, backbone)
     patients = usable_patients(cache, recipe.data, "train")
@@ -162,6 +165,8 @@ def finetune_segment(
     seen = f"{parts.cache.fingerprint()}, labels of {' '.join(parts.crops.patients)}, encoder {weights}"
     run = RunFolder.start(out, parts.recipe.as_dict(), data_fingerprint=seen, resume=resume, overwrite=overwrite)
     run.say(describe(parts, encoder))
+    for warning in warnings(parts):
+        run.say(f"WARNING: {warning}")
     if not parts.held_out:
         run.say("WARNING: no val patient has labels; there are no held-out figures")
     result = fit(
@@ -213,7 +218,19 @@ def dry_run(recipe: Recipe, *, data: Path, encoder: Path | None, labels: Labels,
         seed=parts.recipe.seed,
         device=parts.device,
     )
-    return "\n".join([describe(parts, encoder), *cost.lines(train, parts.device)])
+    return "\n".join([describe(parts, encoder), *warnings(parts), *cost.lines(train, parts.device)])
+
+
+def warnings(parts: Finetuning) -> list[str]:
+    """What will probably spoil the result."""
+    side_mm = parts.recipe.views.global_vox * parts.spacing_mm
+    if side_mm < WHOLE_LUNGS_MM:
+        return [
+            f"views.global_vox={parts.recipe.views.global_vox} at {parts.spacing_mm:g} mm sees {side_mm:.0f} mm; place "
+            f"tells lobes apart, so let views span the lungs (about {WHOLE_LUNGS_MM} mm): larger views or "
+            f"a cache at a larger --spacing-mm"
+        ]
+    return []
 
 
 def describe(parts: Finetuning, encoder: Path | None) -> str:

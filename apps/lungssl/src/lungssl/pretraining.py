@@ -15,7 +15,7 @@ from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import save_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache
-from lungssl_data.crops import PairCrops
+from lungssl_data.crops import PairCrops, usable_patients
 from lungssl_data.views import ViewSampler
 from lungssl_methods.monitor import Evaluation, LearningCheck
 from torch import nn
@@ -95,7 +95,7 @@ def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pr
         for module in method.modules():  # a teacher's encoder, too
             if type(module) is type(encoder):
                 module.compile()
-    split = "val" if cache.split("val") else "train"
+    split = "val" if usable_patients(cache, recipe.data, "val") else "train"
     # A cache of their own: open files are not to be shared with the thread that reads ahead. Seed 0 for every run, so
     # that runs with different seeds are judged on the same crops.
     judged = PairCrops(PairCache(data), recipe.data, split=split, seed=0) if train.eval_batches else None
@@ -138,6 +138,16 @@ def cache_spacing_mm(cache: PairCache) -> float:
     return sizes.pop()
 
 
+def check_spacing(what: str, spacing_mm: float, cache: PairCache) -> None:
+    """Raises ConfigError where weights meant for one voxel size meet a cache of another: nothing else would notice."""
+    found = cache_spacing_mm(cache)
+    if abs(found - spacing_mm) > 0.01 * spacing_mm:
+        raise ConfigError(
+            f"{what} is for voxels of {spacing_mm:g} mm, {cache.folder} has {found:g} mm; build a cache with "
+            f"`lungssl cache build ... --spacing-mm {spacing_mm:g}`"
+        )
+
+
 def at_spacing(recipe: Recipe, spacing_mm: float) -> Recipe:
     """The recipe with a backbone meant for this voxel size: the data decides it."""
     config = dataclasses.replace(recipe.backbone.config, spacing_mm=spacing_mm)
@@ -173,7 +183,7 @@ def pretrain(
     )
     run.say(parts.describe())
     if parts.held_out_split == "train" and parts.held_out:
-        run.say("WARNING: the cache has no val patients; held-out figures are of training patients")
+        run.say("WARNING: the cache has no val patients of these phases; held-out figures are of training patients")
     started = time.perf_counter()
     result = fit(
         parts.method,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from lungssl_data.lung_mask import lung_mask
+from lungssl_data.lung_mask import LungMaskError, lung_mask, plausibility
 from lungssl_data.prepare import PrepareConfig, prepare_scan, resample_labels
 from lungssl_data.volume import LabelMap, Volume
 from numpy import ndarray
@@ -30,8 +30,11 @@ class Segmented:
 
 
 def segment_lungs(volume: Volume) -> Segmented:
-    """The training-free mask of the air-filled lungs."""
-    return Segmented(mask=LabelMap(labels=lung_mask(volume), geometry=volume.geometry), names=LUNG_NAMES)
+    """The training-free mask of the air-filled lungs. Raises LungMaskError where no plausible lung is found."""
+    mask = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
+    if problem := plausibility(mask.labels, mask.geometry):
+        raise LungMaskError(problem)
+    return Segmented(mask=mask, names=LUNG_NAMES)
 
 
 def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> Segmented:

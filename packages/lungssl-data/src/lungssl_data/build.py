@@ -15,11 +15,11 @@ from lungssl_data.field import read_field
 from lungssl_data.layouts.source import LOBE_CODES, PairSource, ScanSource
 from lungssl_data.pair import CacheError, Displacement, PhasePair, PhaseScan, Split
 from lungssl_data.prepare import PrepareConfig, coarse_affine, prepare_scan
-from lungssl_data.readers import read_labels, read_volume
+from lungssl_data.readers import files_of, read_labels, read_volume
 from lungssl_data.splits import assign_splits
 from lungssl_data.volume import LabelMap
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Raised whenever the same files and parameters would give other voxels."""
 
 
@@ -113,7 +113,7 @@ def _scan(source: ScanSource, config: PrepareConfig) -> PhaseScan:
         config=config,
         lung=read_labels(source.lung) if source.lung else None,
         lobes=_lobes(source) if source.lobes else None,
-        source_sha256=_sha256(source.files()),
+        source_sha256=_sha256(source.files()["image"]),
     )
 
 
@@ -144,8 +144,11 @@ def _key(source: PairSource, config: PrepareConfig, compression: str) -> str:
         "versions": [FORMAT_VERSION, PREPARE_VERSION],
         "config": asdict(config),
         "compression": compression,
-        "scans": {phase: [_sha256(scan.files()), scan.lobe_codes] for phase, scan in source.scans.items()},
-        "displacement": _sha256([source.displacement]) if source.displacement else None,
+        "scans": {
+            phase: {role: _sha256(files) for role, files in scan.files().items()} | {"lobe_codes": scan.lobe_codes}
+            for phase, scan in source.scans.items()
+        },
+        "displacement": _sha256(files_of(source.displacement)) if source.displacement else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from lungssl_data.batch import PHASES, CropBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.pair import CacheError, Displacement, Phase, Split
 
-_TRIES = 16
+_JITTER_SHARES = (1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class CropConfig:
 class PairCrops:
     """Crops from the patients of one split.
 
-    Raises CacheError where no patient has what the configuration asks for.
+    Raises CacheError where no patient has what the configuration asks for, or a pair's scans can't be matched.
     """
 
     def __init__(
@@ -66,6 +66,10 @@ class PairCrops:
             )
         self._places = {patient: place for place, patient in enumerate(cache.patients)}
         self._displacements: dict[str, Displacement | None] = {}
+        self._usable: dict[str, Float[ndarray, "n 3"]] = {}
+        for patient, phases in self.slots.items():
+            if phases[0] != phases[1]:
+                self._centres(patient)  # a pair that can't be matched must stop a run before its first step
 
     def __len__(self) -> int:
         """Patients: one pass reads one sample of each."""
@@ -82,59 +86,75 @@ class PairCrops:
         patient = self.patients[order[place]]
         phases = self.slots[patient]
         rng = np.random.default_rng([self.seed, 1, sample])
-        points = self.cache.lung_points_vox(patient, phases[0])
-        for _ in range(_TRIES):
-            first = self._start(patient, phases[0], points[rng.integers(len(points))].astype(float))
-            second, overlap = self._partner(patient, phases, first, rng)
-            if overlap >= self.config.min_overlap:
-                return self._read(patient, phases, (first, second))
-        raise CacheError(
-            f"patient {patient}: {_TRIES} draws gave no two crops that share {self.config.min_overlap:.0%}; "
-            f"lower data.min_overlap or data.jitter_mm"
-        )
+        centres = self._centres(patient)
+        centre = centres[rng.integers(len(centres))][None]
+        direction = rng.uniform(-1, 1, (1, 3))
+        # Less jitter where the volume's border spoils the overlap; without any, every one of `_centres` has enough.
+        for share in _JITTER_SHARES:
+            first, second, overlap = self._pair_of_starts(patient, centre, share * self.config.jitter_mm * direction)
+            if overlap[0] >= self.config.min_overlap:
+                break
+        return self._read(patient, phases, (_triple(first[0]), _triple(second[0])))
 
-    def _start(self, patient: str, phase: Phase, centre_vox: Float[ndarray, "3"]) -> tuple[int, int, int]:
-        """First (z, y, x) index of the block around a voxel, moved inside the volume where it fits."""
-        shape, size = self.cache.phase_record(patient, phase).shape, self.config.crop_vox
-        z, y, x = (
-            int(np.clip(round(c - k / 2), 0, n - k)) if n >= k else (n - k) // 2
-            for c, k, n in zip(centre_vox, size, shape, strict=True)
-        )
-        return z, y, x
+    def _centres(self, patient: str) -> Float[ndarray, "n 3"]:
+        """Lung voxels (z, y, x) of the first slot around which both slots' blocks share enough.
 
-    def _partner(
-        self, patient: str, phases: tuple[Phase, Phase], first: tuple[int, int, int], rng: np.random.Generator
-    ) -> tuple[tuple[int, int, int], float]:
-        """The second slot's block at the first one's place, mapped between the phases and jittered; its overlap.
+        Raises CacheError where there is none: the scans' fields of view, or the map between them, don't match.
+        """
+        if patient not in self._usable:
+            points = self.cache.lung_points_vox(patient, self.slots[patient][0]).astype(float)
+            _, _, overlap = self._pair_of_starts(patient, points, np.zeros((1, 3)))
+            if not (overlap >= self.config.min_overlap).any():
+                best = overlap.max() if len(overlap) else 0.0
+                raise CacheError(
+                    f"patient {patient}: blocks of {self.config.crop_vox} voxels in the two phases share at most "
+                    f"{best:.0%}, data.min_overlap is {self.config.min_overlap:.0%}; take the patient out of the "
+                    f"cache, lower data.min_overlap or take larger crops"
+                )
+            self._usable[patient] = points[overlap >= self.config.min_overlap]
+        return self._usable[patient]
 
-        The overlap is the common share of the block and the one that the map points at, along axes where the volume is
+    def _pair_of_starts(
+        self, patient: str, centres_vox: Float[ndarray, "n 3"], jitter_mm: Float[ndarray, "1 3"]
+    ) -> tuple[Int[ndarray, "n 3"], Int[ndarray, "n 3"], Float[ndarray, " n"]]:
+        """First (z, y, x) index of both slots' blocks around voxels of the first slot's scan, and their overlap.
+
+        The second block is at the first one's place, mapped between the phases and moved by the jitter (x, y, z). The
+        overlap is the common share of the block and the one that the map points at, along axes where the volume is
         larger than the block (elsewhere the block holds all there is).
         """
+        phases = self.slots[patient]
         size = np.asarray(self.config.crop_vox, float)
-        here = self.cache.phase_record(patient, phases[0])
-        there = self.cache.phase_record(patient, phases[1])
-        place_mm = (np.asarray(first) + size / 2)[::-1] * here.spacing_mm + here.origin_mm
+        here, there = (self.cache.phase_record(patient, phase) for phase in phases)
+        first = self._starts(here.shape, centres_vox)
+        place_mm = (first + size / 2)[:, ::-1] * here.spacing_mm + here.origin_mm
         if phases[0] != phases[1]:
             place_mm = self._to_inhale(patient, place_mm)
-        ideal = ((place_mm - there.origin_mm) / there.spacing_mm)[::-1]
-        jitter = rng.uniform(-1, 1, 3) * self.config.jitter_mm / np.asarray(there.spacing_mm)[::-1]
-        start = self._start(patient, phases[1], ideal + jitter)
-        shift = np.where(np.asarray(there.shape) <= size, 0.0, start - (ideal - size / 2))
-        return start, float(np.prod(np.clip(1 - np.abs(shift) / size, 0, 1)))
+        ideal = ((place_mm - there.origin_mm) / there.spacing_mm)[:, ::-1]
+        second = self._starts(there.shape, ideal + (jitter_mm / there.spacing_mm)[:, ::-1])
+        shift = np.where(np.asarray(there.shape) <= size, 0.0, second - (ideal - size / 2))
+        return first, second, np.prod(np.clip(1 - np.abs(shift) / size, 0, 1), axis=1)
 
-    def _to_inhale(self, patient: str, exhale_mm: Float[ndarray, "3"]) -> Float[ndarray, "3"]:
-        """An exhale point in the inhale scan: by the cache's field where it is defined, else by the coarse affine."""
+    def _starts(self, shape: tuple[int, int, int], centres_vox: Float[ndarray, "n 3"]) -> Int[ndarray, "n 3"]:
+        """First (z, y, x) index of blocks around voxels, moved inside the volume where they fit."""
+        size, sides = np.asarray(self.config.crop_vox), np.asarray(shape)
+        inside = np.clip(np.rint(centres_vox - size / 2), 0, np.maximum(sides - size, 0))
+        return np.where(sides >= size, inside, (sides - size) // 2).astype(int)
+
+    def _to_inhale(self, patient: str, exhale_mm: Float[ndarray, "n 3"]) -> Float[ndarray, "n 3"]:
+        """Exhale points in the inhale scan: by the cache's field where it is defined, else by the coarse affine."""
+        affine = np.asarray(self.cache.record(patient).exhale_to_inhale)
+        mapped = exhale_mm @ affine[:, :3].T + affine[:, 3]
         if patient not in self._displacements:
             self._displacements[patient] = self.cache.displacement(patient)
         field = self._displacements[patient]
         if field is not None:
-            index = np.rint((exhale_mm - field.origin_mm) / field.spacing_mm)[::-1].astype(int)
-            if (index >= 0).all() and (index < field.u_mm.shape[1:]).all():
-                u_mm = field.u_mm[:, index[0], index[1], index[2]]
-                if np.isfinite(u_mm).all():
-                    return exhale_mm + u_mm
-        affine = np.asarray(self.cache.record(patient).exhale_to_inhale)
-        return affine[:, :3] @ exhale_mm + affine[:, 3]
+            index = np.rint((exhale_mm - field.origin_mm) / field.spacing_mm)[:, ::-1].astype(int)
+            inside = ((index >= 0) & (index < field.u_mm.shape[1:])).all(axis=1)
+            u_mm = np.full_like(exhale_mm, np.nan)
+            u_mm[inside] = field.u_mm[:, *index[inside].T].T
+            mapped = np.where(np.isfinite(u_mm).all(axis=1, keepdims=True), exhale_mm + u_mm, mapped)
+        return mapped
 
     def _read(self, patient: str, phases: tuple[Phase, Phase], starts: tuple[tuple[int, int, int], ...]) -> CropBatch:
         size = self.config.crop_vox
@@ -168,6 +188,11 @@ class PairCrops:
 def usable_patients(cache: PairCache, config: CropConfig, split: Split | None = None) -> list[str]:
     """Patients of a split (None: all) with a scan of the phases and with the labels that `config` asks for."""
     return [patient for patient in _of_split(cache, split) if _slots(cache, config, patient)]
+
+
+def _triple(index: Int[ndarray, "3"]) -> tuple[int, int, int]:
+    z, y, x = (int(i) for i in index)
+    return z, y, x
 
 
 def _of_split(cache: PairCache, split: Split | None) -> list[str]:

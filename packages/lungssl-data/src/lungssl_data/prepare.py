@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 
-from lungssl_data.lung_mask import LungMaskError, lung_mask, plausibility
+from lungssl_data.lung_mask import VOLUME_ML, LungMaskError, lung_mask, plausibility
 from lungssl_data.pair import AIR_HU, PhaseScan
 from lungssl_data.volume import Geometry, LabelMap, Volume
 
@@ -37,20 +37,24 @@ def prepare_scan(
     """Resample, mask and crop one phase.
 
     `lung` (1 right, 2 left) replaces the training-free mask, `lobes` has the cache's codes. Both may lie on any grid.
-    Raises LungMaskError where no plausible lung is found.
+    Raises LungMaskError where no plausible lung is found, or the given mask has other codes or is absurdly large.
     """
     if lung is None:
         lung = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
-        if problem := plausibility(lung.labels, lung.geometry):
-            raise LungMaskError(problem)
+        problem = plausibility(lung.labels, lung.geometry)
+    else:
+        problem = _given_mask_problem(lung)
+    if problem:
+        raise LungMaskError(problem)
     inside = lung_box_mm(lung)
     target = _target_grid(inside, volume.geometry, config)
     valid = volume.valid()
     hu = np.where(valid, np.maximum(volume.hu, AIR_HU), AIR_HU).astype(np.int16)
+    measured = resample_labels(LabelMap(labels=valid.astype(np.uint8), geometry=volume.geometry), target)
     ct = resample_hu(Volume(hu=hu, geometry=volume.geometry), target)
     return PhaseScan(
-        ct_hu=ct,
-        valid=resample_labels(LabelMap(labels=valid.astype(np.uint8), geometry=volume.geometry), target),
+        ct_hu=np.where(measured, ct, np.int16(AIR_HU)),  # resampling clamps at the edge, however far outside
+        valid=measured,
         lung=resample_labels(lung, target),
         lobes=resample_labels(lobes, target) if lobes is not None else None,
         spacing_mm=target.spacing_mm,
@@ -100,7 +104,7 @@ def resample_hu(volume: Volume, target: Geometry) -> ndarray:
     if volume.geometry.same_grid(target):
         return volume.hu
     image = sitk.Cast(_image(volume.hu, volume.geometry), sitk.sitkFloat32)
-    reach = np.abs(volume.geometry.direction.T) @ np.asarray(target.spacing_mm)  # target step along source axes
+    reach = np.sqrt(volume.geometry.direction.T**2 @ np.asarray(target.spacing_mm) ** 2)  # target step by source axis
     for axis, (source_mm, target_mm) in enumerate(zip(volume.geometry.spacing_mm, reach, strict=True)):
         if target_mm > source_mm * 1.05 and image.GetSize()[axis] >= 4:  # ITK's recursive filter needs four samples
             sigma = float(np.sqrt(target_mm**2 - source_mm**2) / 2.355)
@@ -114,6 +118,14 @@ def resample_labels(labels: LabelMap, target: Geometry) -> UInt8[ndarray, "z y x
     if labels.geometry.same_grid(target):
         return labels.labels
     return _resample(_image(labels.labels, labels.geometry), target, sitk.sitkNearestNeighbor)
+
+
+def _given_mask_problem(lung: LabelMap) -> str | None:
+    codes = set(np.unique(lung.labels).tolist())
+    if not codes <= {0, 1, 2}:
+        return f"the given lung mask has codes {sorted(codes)[:8]}, expected 0, 1 (right) and 2 (left); recode it"
+    # A given mask may be of a small or flooded lung, but a whole body is none.
+    return plausibility(lung.labels, lung.geometry, volume_ml=(0.0, VOLUME_ML[1]))
 
 
 def _target_grid(box_mm: Float[ndarray, "2 3"], source: Geometry, config: PrepareConfig) -> Geometry:

@@ -29,6 +29,7 @@ def evaluate(
     from lungssl_tasks.model_folder import load_model
 
     from lungssl import evaluation
+    from lungssl.pretraining import check_spacing
     from lungssl.segmenting import model_folder
     from lungssl.training.precision import pick_device
 
@@ -38,6 +39,8 @@ def evaluate(
         data = builtin_cohort()
     cache = PairCache(data)
     loaded, card = load_model(model_folder(model))
+    for spacing_mm in card.spacing_mm:
+        check_spacing(f"--model {model}", spacing_mm, cache)
     scores = evaluation.evaluate_model(
         loaded,
         cache,

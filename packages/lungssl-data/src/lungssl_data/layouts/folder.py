@@ -25,7 +25,13 @@ def read(root: Path) -> list[PairSource]:
 
 
 def _patient(folder: Path) -> PairSource | None:
-    files = {_stem(path): path for path in sorted(folder.iterdir()) if path.is_dir() or path.name.endswith(SUFFIXES)}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or path.name.lower().endswith(SUFFIXES):
+            stem = _stem(path)
+            if stem in files:
+                raise CacheError(f"patient {folder.name}: both {files[stem].name} and {path.name}; keep one of them")
+            files[stem] = path
     scans: dict[Phase, ScanSource] = {}
     for alias, phase in PHASE_ALIASES.items():
         if alias in files:

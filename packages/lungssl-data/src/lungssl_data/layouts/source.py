@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lungssl_data.pair import CacheError, Phase, Split, check_patient_id
+from lungssl_data.readers import files_of
 
 PHASE_ALIASES: dict[str, Phase] = {
     "exhale": "exhale",
@@ -38,12 +39,10 @@ class ScanSource:
     lobe_codes: str = "lungssl"
     """A key of LOBE_CODES."""
 
-    def files(self) -> list[Path]:
-        """All files, in a fixed order."""
-        paths = [path for path in (self.image, self.lung, self.lobes) if path is not None]
-        return [
-            file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
-        ]
+    def files(self) -> dict[str, list[Path]]:
+        """All files of each role, those included that a header points at."""
+        roles = {"image": self.image, "lung": self.lung, "lobes": self.lobes}
+        return {role: files_of(path) for role, path in roles.items() if path is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from types import ModuleType
 from lungssl_data.readers.checks import VolumeError, hounsfield, label_values, replacing
 from lungssl_data.volume import LabelMap, Volume
 
-__all__ = ["VolumeError", "read_labels", "read_volume", "write_labels", "write_volume"]
+__all__ = ["VolumeError", "files_of", "read_labels", "read_volume", "write_labels", "write_volume"]
 
 READERS = {
     ".nii": "nifti",
@@ -46,6 +46,20 @@ def read_volume(path: str | Path) -> Volume:
     path = Path(path)
     raw, geometry = _module(path).read(path)
     return Volume(hu=hounsfield(raw, path.name), geometry=geometry)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """Every file that reading `path` reads, in a fixed order: a header's data file and a series' slices, too.
+
+    Raises VolumeError as `read_volume` does for headers that point elsewhere.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [file for file in sorted(path.rglob("*")) if file.is_file()]
+    if path.suffix.lower() == ".dcm":
+        return [file for file in sorted(path.parent.iterdir()) if file.is_file()]
+    module = _module(path)
+    return module.files_of(path) if hasattr(module, "files_of") else [path]
 
 
 def read_labels(path: str | Path) -> LabelMap:

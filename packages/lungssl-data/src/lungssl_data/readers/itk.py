@@ -49,6 +49,14 @@ def read(path: Path) -> tuple[Stored, Geometry]:
     return Stored(values=sitk.GetArrayFromImage(image).reshape(z, y, x)), geometry
 
 
+def files_of(path: Path) -> list[Path]:
+    """The header and, where it is detached, its data file."""
+    require_file(path)
+    metaimage = path.suffix.lower() in (".mha", ".mhd")
+    data, _ = _metaimage_data(path) if metaimage else _nrrd_data(path)
+    return [path] if data == path else [path, data]
+
+
 def write(path: Path, values: Shaped[ndarray, "z y x"], geometry: Geometry) -> None:
     """Write compressed, in the array's own dtype."""
     image = sitk.GetImageFromArray(values)
