@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from lungssl_methods.monitor import Evaluation, LearningCheck
+from lungssl_methods.monitor import Evaluation, LearningCheck, Verdict
 
 
 def _history(losses: list[float], entropies: list[float] | None = None) -> list[Evaluation]:
@@ -40,6 +40,23 @@ def test_a_dino_that_first_rises_is_compared_with_its_peak() -> None:
 def test_a_fall_within_the_margin_or_a_late_rise_fails() -> None:
     assert not LearningCheck(margin=0.05).judge(_history([1.0, 0.99, 0.98, 0.97, 0.96, 0.96])).learned
     assert not LearningCheck().judge(_history([1.0, 0.8, 0.7, 0.8, 1.0, 1.1])).learned
+
+
+def test_a_loss_that_falls_by_the_teachers_entropy_alone_fails() -> None:
+    losses, entropies = [5.5, 5.6, 5.6, 5.5, 5.4], [0.70, 0.69, 0.66, 0.65, 0.63]
+
+    def judge(divergences: list[float]) -> Verdict:
+        lines = zip(losses, entropies, divergences, strict=True)
+        history = [
+            Evaluation(step=20 * i, loss=loss, teacher_entropy_lnk=entropy, teacher_kl_lnk=kl)
+            for i, (loss, entropy, kl) in enumerate(lines)
+        ]
+        return LearningCheck().judge(history)
+
+    verdict = judge([0.29, 0.32, 0.34, 0.33, 0.34])
+    assert not verdict.learned
+    assert "KL(teacher, student) from 0.330 to 0.335 ln k (+2%), needed is -15% or less" in verdict.sentence
+    assert judge([0.29, 0.32, 0.30, 0.26, 0.22]).learned
 
 
 @pytest.mark.parametrize(("entropy", "reason"), [(0.1, "few prototypes"), (0.96, "alike"), (math.nan, "alike")])

@@ -211,7 +211,12 @@ def pretrain(
 def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether the held-out lines of a metrics.jsonl show learning: `learned` (None: too few to tell) and `verdict`."""
     evaluations = [
-        Evaluation(step=line["step"], loss=line["val/loss"], teacher_entropy_lnk=line.get("val/teacher_entropy_lnk"))
+        Evaluation(
+            step=line["step"],
+            loss=line["val/loss"],
+            teacher_entropy_lnk=line.get("val/teacher_entropy_lnk"),
+            teacher_kl_lnk=line.get("val/teacher_kl_lnk"),
+        )
         for line in history
         if "val/loss" in line
     ]
