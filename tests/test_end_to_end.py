@@ -66,7 +66,7 @@ def test_pretraining_leaves_what_the_guide_promises(encoder: Path) -> None:
     for name in ("config.yaml", "env.json", "train.log", "metrics.jsonl", "summary.json", "export/encoder.safetensors"):
         assert (encoder / name).is_file(), name
     assert any((encoder / "tb").iterdir()) and any((encoder / "checkpoints").iterdir())
-    lines = [json.loads(line) for line in (encoder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (encoder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "loss_lnk" in line] == [1, 2, 3, 4]
     assert any("val/teacher_entropy_lnk" in line for line in lines)
 
@@ -99,14 +99,14 @@ def test_a_used_run_folder_is_refused_with_the_ways_forward(cache: Path, encoder
 def test_the_finetuned_model_scores_and_segments(
     cache: Path, phantoms: Path, model: Path, tmp_path: Path, lungssl: Run
 ) -> None:
-    summary = json.loads((model / "summary.json").read_text())
+    summary = json.loads((model / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["labelled_patients"]) == 1 and 0 <= summary["train_dice"] <= 1
     code, out, err = lungssl(
         "evaluate", "--model", model, "--data", cache, "--split", "all", "--out", tmp_path / "scores"
     )
     assert code == 0, err
     assert "mean ± standard deviation over patients" in out
-    with open(tmp_path / "scores" / "scores.csv", newline="") as handle:
+    with open(tmp_path / "scores" / "scores.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 4 * 2 * 5
     image = phantoms / "deep000" / "inhale.nii.gz"
@@ -162,7 +162,10 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(cache: Path, tmp_path: P
         ours, theirs = (load_file(run / "checkpoints" / "step_12" / file) for run in (whole, killed))
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, killed)]
+    logs = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for run in (whole, killed)
+    ]
     for log in logs:
         for line in log:
             line.pop("timing", None)
@@ -206,7 +209,7 @@ def test_scores_of_one_patient_are_valid_json(cache: Path, model: Path, tmp_path
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
-    text = (tmp_path / "scores" / "summary.json").read_text()
+    text = (tmp_path / "scores" / "summary.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=refuse)["all"]["dice"]["sd"] is None
 
 

@@ -35,15 +35,15 @@ def test_every_package_is_in_the_table() -> None:
 @pytest.mark.parametrize("package", SOURCES, ids=lambda path: path.name)
 def test_a_package_imports_only_rows_above_its_own(package: Path) -> None:
     for path in package.rglob("*.py"):
-        siblings = (imported(path.read_text()) & set(MAY_IMPORT)) - {package.name}
+        siblings = (imported(path.read_text(encoding="utf-8")) & set(MAY_IMPORT)) - {package.name}
         assert siblings <= MAY_IMPORT[package.name], f"{path.relative_to(ROOT)} imports {siblings}"
 
 
 @pytest.mark.parametrize("package", SOURCES, ids=lambda path: path.name)
 def test_every_sibling_imported_is_declared(package: Path) -> None:
-    declared = (package.parents[1] / "pyproject.toml").read_text()
+    declared = (package.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     for path in package.rglob("*.py"):
-        for sibling in (imported(path.read_text()) & set(MAY_IMPORT)) - {package.name}:
+        for sibling in (imported(path.read_text(encoding="utf-8")) & set(MAY_IMPORT)) - {package.name}:
             assert f'"{sibling.replace("_", "-")}==' in declared, f"{path.relative_to(ROOT)} needs {sibling}"
 
 

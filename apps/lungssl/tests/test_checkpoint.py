@@ -91,7 +91,7 @@ def test_damage_is_seen(tmp_path: Path, damage: str) -> None:
 def test_all_damaged_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
     assert newest_valid(tmp_path / "nowhere", say=print) is None
     saved = save_checkpoint(tmp_path, 1, *_model(), keep=1)
-    state = json.loads((saved / "state.json").read_text())
+    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
     (saved / "state.json").write_text(json.dumps(state | {"format": 99}))
     said: list[str] = []
     with pytest.raises(DataError, match="all 1 checkpoints are damaged; start anew with --overwrite"):

@@ -152,7 +152,7 @@ def test_config_show_is_a_recipe_again(tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "shown.yaml"
     file.write_text(capsys.readouterr().out)
     assert main(["config", "show", str(file)]) == 0
-    assert capsys.readouterr().out == file.read_text()
+    assert capsys.readouterr().out == file.read_text(encoding="utf-8")
     assert main(["config", "show", str(file), "--describe"]) == 0
     described = capsys.readouterr().out
     assert "# Optimizer steps." in described

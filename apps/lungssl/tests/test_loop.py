@@ -171,7 +171,7 @@ def test_a_zero_learning_rate_moves_no_trained_weight(tmp_path: Path, fake_run: 
 
 def test_metrics_lines_are_json_with_timing_apart(tmp_path: Path, fake_run: ModuleType) -> None:
     fake_run.train(tmp_path / "run", steps=5)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 5]  # held out before the first and after the last
     assert lines[0].keys() == {"step", "val/loss"}
     assert lines[1].keys() == {"step", "loss", "target_std", "lr", "weight_decay", "grad_norm", "timing"}

@@ -126,15 +126,15 @@ def test_a_killed_command_resumes_bit_exactly(cache: Path, tmp_path: Path) -> No
 
 def test_a_run_leaves_config_encoder_and_verdict(cache: Path, tmp_path: Path) -> None:
     summary = pretrain(_recipe("mae_vit_nano"), data=cache, out=tmp_path)
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert config["backbone"]["spacing_mm"] == 3.0  # the cache's, not the recipe's 9
     encoder = load_encoder(tmp_path / "export/encoder.safetensors")
     assert encoder.spacing_mm == 3.0
     saved = _state(tmp_path, 6)
     assert all(torch.equal(value, saved[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
     assert summary["held_out_split"] == "val" and isinstance(summary["learned"], bool)
-    assert str(cache) not in (tmp_path / "summary.json").read_text()
+    assert str(cache) not in (tmp_path / "summary.json").read_text(encoding="utf-8")
 
 
 def test_the_teacher_is_what_dino_exports(cache: Path, tmp_path: Path) -> None:

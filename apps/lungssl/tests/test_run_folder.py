@@ -11,8 +11,8 @@ CONFIG = {"seed": 0, "backbone": {"name": "vit3d_nano", "dim": 128}, "train": {"
 
 def test_a_new_folder_gets_its_files(tmp_path: Path) -> None:
     run = RunFolder.start(tmp_path / "a/b", CONFIG, data_fingerprint="f00d")
-    assert yaml.safe_load((run.path / "config.yaml").read_text()) == CONFIG
-    env = json.loads((run.path / "env.json").read_text())
+    assert yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) == CONFIG
+    env = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     assert env["data"] == "f00d" and env["cores"] >= 1
     assert env["versions"]["torch"] and env["versions"]["lungssl"]
     assert run.checkpoints.is_dir() and run.export.is_dir()
@@ -43,7 +43,7 @@ def test_overwrite_clears_the_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     RunFolder.start(tmp_path, CONFIG, overwrite=True)
     assert not list(run.checkpoints.iterdir()) and not run.metrics.exists()
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_resume_names_the_key_that_changed(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_resume_may_extend_the_steps(tmp_path: Path) -> None:
     RunFolder.start(tmp_path, CONFIG)
     longer = CONFIG | {"train": {"steps": 20, "lr": 0.1}}
     RunFolder.start(tmp_path, longer, resume=True)
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == longer
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8")) == longer
 
 
 def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
@@ -71,4 +71,4 @@ def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
 def test_what_is_said_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunFolder.start(tmp_path, CONFIG).say("step 1/2  loss 0.5")
     assert capsys.readouterr().err == "step 1/2  loss 0.5\n"
-    assert (tmp_path / "train.log").read_text().endswith(" step 1/2  loss 0.5\n")
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(" step 1/2  loss 0.5\n")

@@ -1,11 +1,16 @@
 """A small thorax with two ellipsoid lungs, unequal in z, y and x and anisotropic, for every test of the package."""
 
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from lungssl_data.pair import PhasePair, PhaseScan
 from lungssl_data.volume import Geometry, Volume
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def thorax_volume(
@@ -68,3 +73,81 @@ def make_pair() -> Callable[..., PhasePair]:
         )
 
     return make
+
+
+@pytest.fixture
+def write_series() -> Callable[..., np.ndarray]:
+    """Writes a DICOM series of 6 slices of 5 x 7 pixels, 2.5 mm apart, and returns what is stored (z, y, x)."""
+    return _write_series
+
+
+def _write_series(
+    folder: Path,
+    edit: Callable[[int, pydicom.Dataset], None] = lambda _i, _data: None,
+    *,
+    axes: np.ndarray | None = None,
+    stored: np.ndarray | None = None,
+    prefix: str = "slice",
+    syntax: str = ExplicitVRLittleEndian,
+) -> np.ndarray:
+    """Names and InstanceNumbers in a shuffled order; every text that may name a patient is a canary."""
+    folder.mkdir(exist_ok=True, parents=True)
+    stored = np.random.default_rng(0).integers(0, 2500, (6, 5, 7)).astype(np.int16) if stored is None else stored
+    slices, rows, columns = stored.shape
+    axes = np.eye(3)[:2] if axes is None else axes
+    stride = 5 if slices % 5 else 7
+    series, study, frame = generate_uid(), generate_uid(), generate_uid()
+    for i in range(slices):
+        data = pydicom.Dataset()
+        data.PatientName = data.StudyDescription = data.InstitutionName = data.StationName = "CanaryPatient"
+        data.PatientID = data.AccessionNumber = data.ImageComments = "CanaryPatient"
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, generate_uid()
+        data.StudyInstanceUID, data.SeriesInstanceUID, data.FrameOfReferenceUID = study, series, frame
+        data.Modality, data.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        data.InstanceNumber = (i * stride) % slices
+        data.Rows, data.Columns, data.SamplesPerPixel = rows, columns, 1
+        data.PhotometricInterpretation = "MONOCHROME2"
+        data.BitsAllocated = data.BitsStored = 8 * stored.itemsize
+        data.HighBit, data.PixelRepresentation = 8 * stored.itemsize - 1, int(stored.dtype.kind == "i")
+        data.PixelSpacing = [0.9, 0.7]  # between rows (y), between columns (x)
+        data.ImageOrientationPatient = [float(v) for v in axes.ravel()]
+        place = np.array([-20.0, 10.0, -300.0]) + 2.5 * i * np.cross(axes[0], axes[1])
+        data.ImagePositionPatient = [float(v) for v in place]
+        data.RescaleSlope, data.RescaleIntercept = 1, -1024
+        data.PixelData = (
+            stored[i].astype(stored.dtype.newbyteorder(">" if syntax == "1.2.840.10008.1.2.2" else "<")).tobytes()
+        )
+        edit(i, data)
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = UID(syntax)
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+        data.save_as(folder / f"{prefix}{(i * stride + 3) % slices}.dcm", enforce_file_format=True)
+    return stored
+
+
+@lru_cache
+def _phantom(preset: str, seed: int, motion: str) -> Any:
+    # numba takes a second to import, and most tests do without.
+    from lungssl_data.phantom import PhantomConfig, make_phantom
+
+    return make_phantom(PhantomConfig(preset=preset, seed=seed, motion=motion, spacing_mm=3.0))
+
+
+@pytest.fixture
+def phantom() -> Callable[..., Any]:
+    """Phantoms at 3 mm by preset, seed and motion, made once for all tests."""
+    return lambda preset, seed, motion="charts": _phantom(preset, seed, motion)
+
+
+@pytest.fixture
+def voxels() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Some voxels of a phantom's phase where a mask holds: index (z, y, x), and LPS mm of their centres."""
+
+    def some(phase: Any, where: np.ndarray, n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+        index = np.argwhere(where)
+        index = index[np.random.default_rng(0).permutation(len(index))[:n]]
+        geometry = phase.ct.geometry
+        return index, np.asarray(geometry.origin_mm) + index[:, ::-1] * np.asarray(geometry.spacing_mm)
+
+    return some

@@ -1,14 +1,28 @@
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lungssl_data.build import build_cache
+from lungssl_data.build import build_cache, pair_from_source
+from lungssl_data.building import hashes
+from lungssl_data.building.hashes import HashStore
+from lungssl_data.building.locks import Locks, sweep
+from lungssl_data.building.plan import decide_splits, shard_of
 from lungssl_data.cache import PairCache
 from lungssl_data.field import read_field, write_field
 from lungssl_data.layouts import read_layout
-from lungssl_data.pair import CacheError
+from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.pair import CacheError, Landmarks
 from lungssl_data.prepare import PrepareConfig
 from lungssl_data.readers import write_labels, write_volume
 from lungssl_data.volume import Geometry, LabelMap, Volume
@@ -96,7 +110,7 @@ def test_a_bad_file_fails_its_patient_in_one_line_and_no_other(cohort: Path, tmp
     path.write_bytes(path.read_bytes()[:1000])
     built = outcomes(cohort, tmp_path / "cache")
     assert built["p1"][0] == "failed" and built["p2"][0] == "built"
-    assert "exhale.nii.gz" in built["p1"][1] and "\n" not in built["p1"][1]
+    assert "exhale image (.nii.gz)" in built["p1"][1] and "\n" not in built["p1"][1]
     assert PairCache(tmp_path / "cache").patients == ["p2"]
 
 
@@ -124,7 +138,7 @@ def test_a_known_displacement_is_kept(cohort: Path, tmp_path: Path) -> None:
     write_field(cohort / "p1" / "exhale_to_inhale.nrrd", u, grid)
     outcomes(cohort, tmp_path / "cache")
     field = PairCache(tmp_path / "cache").displacement("p1")
-    assert field is not None and field.provenance == "exhale_to_inhale.nrrd"
+    assert field is not None and field.provenance == "given field"
     np.testing.assert_array_equal(field.u_mm, u)
     assert field.spacing_mm == grid.spacing_mm and field.origin_mm == grid.origin_mm
 
@@ -154,3 +168,231 @@ def test_a_field_moves_points_as_simpleitk_moves_them(tmp_path: Path) -> None:
 def test_nifti_fields_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"u.nii.gz: displacement fields are read and written as .nrrd or .mha"):
         read_field(tmp_path / "u.nii.gz")
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_a_worker_that_is_killed_costs_its_patient_and_no_other(cohort: Path, tmp_path: Path) -> None:
+    def kill_the_first() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    sources = read_layout("folder", cohort)
+    built = {b.patient: b for b in build_cache(sources, tmp_path / "cache", config=CONFIG, jobs=1)}
+    killer.join()
+    assert built["p1"].outcome == "failed" and "(signal 9)" in built["p1"].message
+    assert built["p2"].outcome == "built"
+    assert PairCache(tmp_path / "cache").patients == ["p2"]
+    again = {b.patient: b.outcome for b in build_cache(sources, tmp_path / "cache", config=CONFIG)}
+    assert again == {"p1": "built", "p2": "unchanged"}
+    assert not list((tmp_path / "cache").glob(".*.lock")) and not list((tmp_path / "cache").glob(".*.tmp"))
+
+
+def test_a_patient_over_its_limits_fails_alone(cohort: Path, tmp_path: Path) -> None:
+    (cohort / "p2" / "exhale.nii.gz").unlink()
+    sources = read_layout("folder", cohort)[1:]
+    slow = list(build_cache(sources, tmp_path / "cache", config=CONFIG, jobs=1, time_limit_s=0.05))
+    assert slow[0].outcome == "failed" and "longer than the limit of 0.05 s" in slow[0].message
+    large = list(build_cache(sources, tmp_path / "cache", config=CONFIG, jobs=1, memory_limit_gib=0.001))
+    assert large[0].outcome == "failed" and "memory" in large[0].message
+    with pytest.raises(ValueError, match="build with jobs=1 or more"):
+        list(build_cache(sources, tmp_path / "cache", config=CONFIG, time_limit_s=1.0))
+
+
+def test_a_patient_that_another_builder_holds_comes_last(cohort: Path, tmp_path: Path) -> None:
+    other = Locks(tmp_path)
+    assert other.acquire("p1") and not Locks(tmp_path).acquire("p1")
+    building = build_cache(read_layout("folder", cohort), tmp_path, config=CONFIG)
+    assert next(building).patient == "p2"
+    threading.Timer(0.2, other.close).start()
+    assert [b.patient for b in building] == ["p1"]
+
+
+def test_two_builders_of_one_folder_make_each_patient_once(cohort: Path, tmp_path: Path) -> None:
+    code = f"""if True:
+        from pathlib import Path
+        from lungssl_data.build import build_cache
+        from lungssl_data.layouts import read_layout
+        from lungssl_data.prepare import PrepareConfig
+        sources = read_layout("folder", Path({str(cohort)!r}))
+        for b in build_cache(sources, Path({str(tmp_path / "cache")!r}), config=PrepareConfig(spacing_mm=6.0)):
+            print(b.patient, b.outcome)
+    """
+    builders = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    seen = [line for builder in builders for line in builder.communicate()[0].splitlines()]
+    assert sorted(seen) == ["p1 built", "p1 unchanged", "p2 built", "p2 unchanged"]
+    assert all(not problems for _, problems in PairCache(tmp_path / "cache").verify())
+
+
+@pytest.mark.parametrize(
+    ("content", "age_s", "ours"),
+    [
+        ({"host": socket.gethostname(), "pid": "dead", "started": ""}, 1, True),
+        ({"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}, 1, True),  # the pid is another's now
+        ({"host": "elsewhere", "pid": 1, "started": "1"}, 60, False),
+        ({"host": "elsewhere", "pid": 1, "started": "1"}, 700, True),
+        (None, 1, False),
+        (None, 30, True),
+    ],
+)
+def test_a_lock_of_the_dead_is_taken_over_and_one_of_the_living_is_not(
+    content: dict | None, age_s: float, ours: bool, tmp_path: Path
+) -> None:
+    lock = tmp_path / ".p1.lock"
+    if content is not None:
+        content = content | {"pid": dead_pid() if content["pid"] == "dead" else content["pid"]}
+    lock.write_text(json.dumps(content) if content else "")
+    os.utime(lock, (time.time() - age_s,) * 2)
+    locks = Locks(tmp_path)
+    assert locks.acquire("p1") is ours
+    locks.close()
+    assert lock.exists() is not ours
+
+
+def test_what_dead_writers_left_is_swept_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+    dead = tmp_path / f".p1.{socket.gethostname()}.{dead_pid()}.tmp"
+    alive = tmp_path / f".p1.{socket.gethostname()}.{os.getpid()}.tmp"
+    elsewhere = tmp_path / f".p1.elsewhere.{dead_pid()}.tmp"
+    for path in (dead, alive, elsewhere):
+        path.write_text("")
+    sweep(tmp_path)
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
+
+
+def test_a_remembered_hash_is_taken_until_a_byte_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "scan.raw"
+    file.write_bytes(b"a" * 1000)
+    first = HashStore(tmp_path).of([file])
+    assert not (tmp_path / ".hashes.jsonl").exists()  # too young: a change within its time stamp would go unseen
+    monkeypatch.setattr(hashes, "SETTLED_S", -10.0)
+    assert HashStore(tmp_path).of([file]) == first
+    moved = file.rename(tmp_path / "moved.raw")
+    stat = moved.stat()
+    remembered = HashStore(tmp_path).of([moved])
+    assert remembered == first
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        assert HashStore(tmp_path).of([moved]) == first
+    with open(moved, "r+b") as handle:
+        handle.write(b"b")
+    os.utime(moved, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size and mtime: the change time gives it away
+    assert HashStore(tmp_path).of([moved]) != first
+
+
+def test_a_torn_line_of_remembered_hashes_is_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "scan.raw"
+    file.write_bytes(b"a")
+    (tmp_path / ".hashes.jsonl").write_text('{"stamp": "1", "sha')
+    assert len(HashStore(tmp_path).of([file])) == 64
+
+
+def listed(count: int) -> list[PairSource]:
+    scans = {"inhale": ScanSource(image=Path("unread.nii.gz"))}
+    return [
+        PairSource(patient=f"p{i}", scans=scans, person="one" if i in (3, 4, 8) else "")  # pyright: ignore
+        for i in range(count)
+    ]
+
+
+def test_shards_share_the_patients_and_agree_on_splits(tmp_path: Path) -> None:
+    sources = listed(40)
+    shards = [shard_of(sources, (i, 3)) for i in (1, 2, 3)]
+    assert sorted(s.patient for shard in shards for s in shard) == sorted(s.patient for s in sources)
+    assert min(map(len, shards)) > 5
+    splits = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        splits.append(decide_splits(sources, tmp_path / name, {}, Locks(tmp_path / name)))
+    assert splits[0] == splits[1] and len({splits[0][p] for p in ("p3", "p4", "p8")}) == 1
+    # The list grows: folders that hold different parts of it still agree, and nobody moves.
+    grown = [decide_splits(listed(60), tmp_path / name, {}, Locks(tmp_path / name)) for name in ("a", "b")]
+    assert grown[0] == grown[1] and grown[0] == grown[0] | splits[0]
+    with pytest.raises(CacheError, match="shard 4/3"):
+        shard_of(sources, (4, 3))
+
+
+def test_swapped_phases_fail_with_both_gas_volumes_or_warn(tmp_path: Path, thorax: Thorax) -> None:
+    folder = tmp_path / "raw" / "p1"
+    folder.mkdir(parents=True)
+    write_volume(folder / "exhale.nii.gz", thorax(inflation=1.1))
+    write_volume(folder / "inhale.nii.gz", thorax(inflation=0.8))
+    outcome, message = outcomes(tmp_path / "raw", tmp_path / "cache")["p1"]
+    assert outcome == "failed" and "exchange the phases" in message
+    litres = [2 * 4 / 3 * np.pi * 48 * 75 * 110 * f * 0.7 / 1e6 for f in (0.8, 1.1)]
+    assert [float(word) for word in message.split() if word[0].isdigit()] == pytest.approx(litres, rel=0.05)
+    sources = read_layout("folder", tmp_path / "raw")
+    built = list(build_cache(sources, tmp_path / "cache", config=CONFIG, phase_check="warn"))
+    assert built[0].outcome == "built" and "inhale should hold more" in built[0].warnings[0]
+    one_phase = [replace(source, dual_phase=False) for source in sources]
+    built = list(build_cache(one_phase, tmp_path / "other", config=CONFIG))
+    assert built[0].outcome == "built" and "of one phase" in built[0].warnings[0]
+
+
+def test_file_names_reach_neither_the_outcome_nor_the_report(tmp_path: Path, thorax: Thorax) -> None:
+    write_volume(tmp_path / "Mustermann_Max.nii.gz", thorax())
+    (tmp_path / "Musterfrau.nii.gz").write_bytes(b"no scan")
+    (tmp_path / "list.csv").write_text(
+        "patient_id,phase,image,lung\np1,inhale,Musterfrau.nii.gz,\np2,inhale,Mustermann_Max.nii.gz,Musterfrau.nii.gz\n"
+    )
+    built = list(build_cache(read_layout("manifest", tmp_path / "list.csv"), tmp_path / "cache", config=CONFIG))
+    assert [b.outcome for b in built] == ["failed", "failed"]
+    assert "inhale image (.nii.gz)" in built[0].message and "inhale lung (.nii.gz)" in built[1].message
+    report = (tmp_path / "cache" / "build.jsonl").read_text(encoding="utf-8")
+    assert "uster" not in report and str(tmp_path) not in report
+    assert [json.loads(line)["patient"] for line in report.splitlines()] == ["p1", "p2"]
+
+
+def test_landmarks_are_kept_and_those_outside_of_their_scan_refused_with_the_count(
+    cohort: Path, tmp_path: Path, thorax: Thorax
+) -> None:
+    source = read_layout("folder", cohort)[0]
+    points = np.array([[0.0, 0.0, -150.0], [10.0, 5.5, -120.25], [-140.0, 0.0, -100.0]])
+    kept = replace(source, landmarks={"expert": Landmarks(exhale_mm=points, inhale_mm=points + 1.5)}, person="somebody")
+    pair = pair_from_source(kept, config=CONFIG, split="val")
+    np.testing.assert_array_equal(pair.landmarks["expert"].inhale_mm, points + 1.5)
+    assert pair.person == "somebody"
+    bad = points.copy()
+    bad[0, 1], bad[2, 2] = np.nan, 900.0
+    for exhale, inhale, phase in ((bad, points, "exhale"), (points, bad, "inhale")):
+        given = replace(source, landmarks={"automatic": Landmarks(exhale_mm=exhale, inhale_mm=inhale)})
+        with pytest.raises(CacheError, match=f"2 of 3 automatic landmarks of {phase} are not finite or outside"):
+            pair_from_source(given, config=CONFIG, split="val")
+
+
+def test_masks_of_other_conventions_are_recoded_and_sides_found(tmp_path: Path, thorax: Thorax) -> None:
+    volume = thorax()
+    write_volume(tmp_path / "ct.nii.gz", replace(volume, hu=(volume.hu + 1024).astype(np.int16)))
+    x = np.indices(volume.hu.shape)[2]
+    air = volume.hu == -700
+    sided = np.where(air, 3 + (x < 40), 5).astype(np.uint8)  # LUNA16: 3 left, 4 right, 5 trachea
+    write_labels(tmp_path / "luna.nii.gz", LabelMap(labels=sided, geometry=volume.geometry))
+    inverted = LabelMap(labels=np.where(air, 0, 2).astype(np.uint8), geometry=volume.geometry)
+    write_labels(tmp_path / "popi.nii.gz", inverted)
+    write_labels(tmp_path / "lesion.nii.gz", LabelMap(labels=air.astype(np.uint8), geometry=volume.geometry))
+    lungs = []
+    for name, codes in (("luna", "luna16"), ("popi", "popi")):
+        scan = ScanSource(
+            image=tmp_path / "ct.nii.gz",
+            offset_hu=-1024,
+            lung=tmp_path / f"{name}.nii.gz",
+            lung_codes=codes,
+            lesion=tmp_path / "lesion.nii.gz",
+            lesion_codes="any",
+        )
+        source = PairSource(patient="p1", scans={"inhale": scan})
+        prepared = pair_from_source(source, config=CONFIG, split="train").scan("inhale")
+        lungs.append(prepared.lung)
+        assert prepared.lesion is not None and set(np.unique(prepared.lesion)) == {0, 3}
+        assert -705 < prepared.ct_hu[prepared.lung > 0].mean() < -600
+    np.testing.assert_array_equal(lungs[0], lungs[1])
+    assert set(np.unique(lungs[0])) == {0, 1, 2}
+    wrong = ScanSource(image=tmp_path / "ct.nii.gz", offset_hu=-1024, lung=tmp_path / "luna.nii.gz", lung_codes="both")
+    with pytest.raises(CacheError, match="none of its labels is a lung in the codes 'both'"):
+        pair_from_source(PairSource(patient="p1", scans={"inhale": wrong}), config=CONFIG, split="train")

@@ -6,8 +6,11 @@ import pytest
 import torch
 from lungssl_data.batch import CropBatch
 from lungssl_data.cache import PairCache, write_pair
+from lungssl_data.crop_stream import CropStream
 from lungssl_data.crops import CropConfig, PairCrops
+from lungssl_data.hot import HotScans
 from lungssl_data.pair import CacheError, PhasePair
+from torch.utils.data import DataLoader
 
 MakePair = Callable[..., PhasePair]
 
@@ -117,3 +120,63 @@ def test_scans_that_cannot_be_matched_are_named_before_any_crop(tmp_path: Path, 
 def test_an_empty_split_is_named(cache: PairCache) -> None:
     with pytest.raises(CacheError, match="in split test"):
         PairCrops(cache, CropConfig(), split="test")
+
+
+def test_several_crops_of_a_patient_follow_each_other(cache: PairCache) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(8, 8, 8), crops_per_patient=2))
+    assert len(crops) == 6
+    drawn = [int(crops[k].patient) for k in range(6)]
+    assert drawn[::2] == drawn[1::2] and sorted(drawn[::2]) == [0, 1, 2]
+    assert not torch.equal(crops[0].voxel_to_mm, crops[1].voxel_to_mm)
+
+
+def test_weights_decide_how_often_a_patient_is_drawn(cache: PairCache) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(4, 4, 4)), weights={"a": 3.0, "b": 1.0, "c": 0.0})
+    drawn = [int(crops[k].patient) for k in range(300)]
+    assert 2 not in drawn
+    assert 0.65 < drawn.count(0) / 300 < 0.85  # 0.75 +- 4 standard errors of 0.025
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.0, "b": 0.0, "c": 0.0}, {"a": -1.0, "b": 1.0, "c": 1.0}])
+def test_unusable_weights_are_refused(cache: PairCache, weights: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="give every patient a finite weight"):
+        PairCrops(cache, CropConfig(crop_vox=(4, 4, 4)), weights=weights)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 80_000, 1 << 30])
+def test_hot_scans_read_what_the_cache_reads(cache: PairCache, budget_bytes: int) -> None:
+    hot = HotScans(cache, budget_bytes)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        start = tuple(int(i) for i in rng.integers(-6, 20, 3))
+        for phase in ("exhale", "inhale"):
+            for name in ("ct", "valid", "lung"):
+                expected = cache.read("a", phase, name, start, (7, 9, 11))
+                got = hot.read_into("a", phase, name, start, np.empty_like(expected))
+                np.testing.assert_array_equal(got, expected)
+    assert hot.used_bytes <= budget_bytes
+    assert (hot.used_bytes > 0) == (budget_bytes > 0)
+
+
+def test_hot_scans_are_not_read_again_and_not_shared(cache: PairCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = HotScans(cache, 1 << 30)
+    first = hot.read_into("a", "exhale", "ct", (0, 0, 0), np.empty((8, 8, 8), np.int16))
+    first[:] = 0  # a caller's own copy
+    monkeypatch.setattr(cache, "read_into", lambda *_: pytest.fail("read again"))
+    assert hot.read_into("a", "exhale", "ct", (0, 0, 0), np.empty((8, 8, 8), np.int16)).any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_where_it_stopped_for_any_number_of_workers(cache: PairCache, workers: int) -> None:
+    crops = PairCrops(cache, CropConfig(crop_vox=(6, 6, 6)))
+    whole = [crops.batch(k, 2) for k in range(7)]
+    loader = DataLoader(
+        CropStream(crops, 2, start=3, stop=7),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    resumed = list(loader)
+    assert len(resumed) == 4
+    for ours, theirs in zip(resumed, whole[3:], strict=True):
+        assert torch.equal(ours.ct_hu, theirs.ct_hu) and torch.equal(ours.patient, theirs.patient)

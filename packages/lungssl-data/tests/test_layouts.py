@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
-from lungssl_data.layouts import LAYOUTS, read_layout
+from lungssl_data.layouts import LAYOUTS, dirlab_4dct, dirlab_copd, lung250m, read_layout, recognised
+from lungssl_data.layouts.files import raw_to_mm
 from lungssl_data.layouts.source import LOBE_CODES, parse_phase
-from lungssl_data.pair import CacheError
+from lungssl_data.pair import CacheError, Phase
 
 
 def touch(root: Path, *names: str) -> None:
@@ -19,8 +21,8 @@ def test_every_layout_says_what_it_expected_where_there_is_nothing(tmp_path: Pat
 
 
 def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="layout 'bids' is unknown; known are auto, folder, manifest"):
-        read_layout("bids", Path())
+    with pytest.raises(ValueError, match="layout 'bidz' is unknown; known are auto, folder, manifest"):
+        read_layout("bidz", Path())
 
 
 def test_a_folder_of_patients_is_read_with_aliases_and_masks(tmp_path: Path) -> None:
@@ -93,3 +95,168 @@ def test_every_lobe_convention_reaches_all_five_lobes() -> None:
 def test_phases_are_read_in_any_usual_spelling() -> None:
     assert [parse_phase(text) for text in ("EE", "exp", "T50", " Exhale ")] == ["exhale"] * 4
     assert [parse_phase(text) for text in ("EI", "insp", "T00", "inhale")] == ["inhale"] * 4
+
+
+def test_manifests_carry_masks_landmarks_and_people(tmp_path: Path) -> None:
+    touch(tmp_path, "ee.nii", "ei.nii", "lung.nii", "lesion.nii")
+    columns = ",".join(f"{phase}_{axis}_mm" for phase in ("exhale", "inhale") for axis in "xyz")
+    (tmp_path / "points.csv").write_text(f"{columns}\n1,2,3,4,5,6.25\n-1,-2,-3,-4,-5,-6\n")
+    (tmp_path / "manifest.csv").write_text(
+        "patient_id,phase,image,lung,lung_codes,lesion,lesion_codes,landmarks,person,site,licence\n"
+        "a,EE,ee.nii,lung.nii,popi,lesion.nii,any,points.csv,someone,here,ours\n"
+        "a,EI,ei.nii,,,,,points.csv,,,\n"
+    )
+    (a,) = read_layout("auto", tmp_path)
+    exhale = a.scans["exhale"]
+    assert (exhale.lung_codes, exhale.lesion_codes, exhale.lobe_codes) == ("popi", "any", "lungssl")
+    assert (exhale.lung, exhale.lesion) == (tmp_path / "lung.nii", tmp_path / "lesion.nii")
+    assert (a.person, a.dataset, a.licence) == ("someone", "here", "ours")
+    np.testing.assert_array_equal(a.landmarks["expert"].inhale_mm, [[4, 5, 6.25], [-4, -5, -6]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x_mm\n1\n", "points.csv: its first line is not the header exhale_x_mm,"),
+        ("{columns}\n", "points.csv: no points in it"),
+        ("{columns}\n1,2,3,4,5\n", "points.csv line 2: expected 6 numbers"),
+        ("{columns}\n1,2,3,4,5,6\n1,2\n", "points.csv line 3: expected 6 numbers"),
+        ("{columns}\n1,2,3,4,5,nan\n", "points.csv line 2: expected 6 numbers"),
+    ],
+)
+def test_faulty_tables_of_landmarks_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    touch(tmp_path, "a/ee.nii", "a/ei.nii")
+    columns = ",".join(f"{phase}_{axis}_mm" for phase in ("exhale", "inhale") for axis in "xyz")
+    (tmp_path / "points.csv").write_text(text.format(columns=columns))
+    (tmp_path / "m.csv").write_text(
+        "patient_id,phase,image,landmarks\na,EE,a/ee.nii,points.csv\na,EI,a/ei.nii,points.csv\n"
+    )
+    with pytest.raises(CacheError, match=f"m.csv patient a: {message}"):
+        read_layout("manifest", tmp_path / "m.csv")
+
+
+def test_a_patient_has_one_value_of_each(tmp_path: Path) -> None:
+    touch(tmp_path, "x.nii")
+    (tmp_path / "m.csv").write_text("patient_id,phase,image,person\na,EE,x.nii,one\na,EI,x.nii,two\n")
+    with pytest.raises(CacheError, match=r"m.csv line 3: patient a: two values of person; a patient has one"):
+        read_layout("manifest", tmp_path / "m.csv")
+
+
+def test_bids_sessions_are_one_person(tmp_path: Path) -> None:
+    names = [f"sub-01/ses-{s}/ct/sub-01_ses-{s}_acq-{a}_ct.nii.gz" for s in (1, 2) for a in ("ee", "ei")]
+    touch(tmp_path, *names, "sub-02/ct/sub-02_acq-EE_ct.nii.gz", "participants.tsv")
+    sources = read_layout("auto", tmp_path)
+    assert [(s.patient, s.person, tuple(s.scans)) for s in sources] == [
+        ("sub-01_ses-1", "sub-01", ("exhale", "inhale")),
+        ("sub-01_ses-2", "sub-01", ("exhale", "inhale")),
+        ("sub-02", "", ("exhale",)),
+    ]
+
+
+def test_auto_says_what_it_could_not_recognise(tmp_path: Path) -> None:
+    touch(tmp_path, "scan_one/ct.img")
+    with pytest.raises(CacheError, match=r"no layout recognises it; expected one of folder, manifest, .*--layout"):
+        recognised(tmp_path)
+
+
+def test_a_collections_names_win_over_folders_and_dicom(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/exhale.nii", "p1/a.dcm")
+    assert recognised(tmp_path) == "folder"
+    touch(tmp_path, "LUNG1-001/s/1.dcm")
+    assert recognised(tmp_path) == "nsclc-radiomics"
+    touch(tmp_path, "manifest.csv")
+    assert recognised(tmp_path) == "manifest"
+
+
+# Bytes of an image are those of the files that the public loaders read: nx * ny * nz * 2 of domain.md C1 and C2.
+def test_the_4dct_table_is_that_of_the_documentation() -> None:
+    side_and_slices = [(256, 94), (256, 112), (256, 104), (256, 99), (256, 106)]
+    side_and_slices += [(512, 128), (512, 136), (512, 128), (512, 128), (512, 120)]
+    across_mm = [0.97, 1.16, 1.15, 1.13, 1.10, 0.97, 0.97, 0.97, 0.97, 0.97]
+    identity_mm = [3.89, 4.34, 6.94, 9.83, 7.48, 10.89, 11.03, 14.99, 7.92, 7.30]
+    assert list(dirlab_4dct.CASES) == list(range(1, 11))
+    total = 0
+    for case, ((side, slices), mm, tre_mm) in enumerate(zip(side_and_slices, across_mm, identity_mm, strict=True), 1):
+        form = dirlab_4dct.table_format(case)
+        assert form.shape == (slices, side, side) and form.spacing_mm == (mm, mm, 2.5)
+        assert (form.dtype, form.flip_z, dirlab_4dct.CASES[case][3]) == ("<i2", True, tre_mm)
+        total += 2 * int(np.prod(form.shape))
+    assert total == 2 * (256**2 * 515 + 512**2 * 640)
+    with pytest.raises(CacheError, match="case 11: DIR-Lab 4DCT has the cases 1 to 10"):
+        dirlab_4dct.table_format(11)
+
+
+def test_the_copd_table_is_that_of_the_documentation() -> None:
+    slices = [121, 102, 126, 126, 131, 119, 112, 115, 116, 135]
+    across_mm = [0.625, 0.645, 0.652, 0.590, 0.647, 0.633, 0.625, 0.586, 0.664, 0.742]
+    for case, (nz, mm) in enumerate(zip(slices, across_mm, strict=True), 1):
+        form = dirlab_copd.table_format(case)
+        assert form.shape == (nz, 512, 512) and form.spacing_mm == (mm, mm, 2.5) and form.flip_z
+    assert sum(2 * int(np.prod(dirlab_copd.table_format(case).shape)) for case in dirlab_copd.CASES) == 630718464
+    with pytest.raises(CacheError, match="case 0: DIR-Lab COPDgene has the cases 1 to 10"):
+        dirlab_copd.table_format(0)
+
+
+@pytest.mark.parametrize(
+    ("inhale_slice", "flip", "word"),
+    [(60, True, "to the feet by l"), (40, False, "to the head by l"), (50, True, "conv")],
+)
+def test_4dct_slices_run_where_the_landmarks_sink(inhale_slice: int, flip: bool, word: str) -> None:
+    points: dict[Phase, np.ndarray] = {
+        "exhale": np.array([[100.0, 120.0, 50.0]]),
+        "inhale": np.array([[100.0, 120.0, inhale_slice]]),
+    }
+    table = dirlab_4dct.table_format(1)
+    forms, evidence = dirlab_4dct.with_slice_order({"exhale": table, "inhale": table}, points)
+    assert forms["exhale"].flip_z is forms["inhale"].flip_z is flip
+    assert word in evidence
+
+
+def _write_points(path: Path, points: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savetxt(path, points, fmt="%.6f")
+
+
+@pytest.mark.parametrize(("apart_mm", "fine"), [(3.89, True), (3.93, True), (4.34, False), (0.0, False)])
+def test_4dct_landmarks_must_be_as_far_apart_as_documented(tmp_path: Path, apart_mm: float, fine: bool) -> None:
+    touch(tmp_path, "Case1Pack/Images/case1_T00_s.img", "Case1Pack/Images/case1_T50_s.img")
+    voxels = np.random.default_rng(0).uniform(20, 90, (300, 3))
+    _write_points(tmp_path / "Case1Pack/ExtremePhases/Case1_300_T50_xyz.txt", voxels)
+    _write_points(tmp_path / "Case1Pack/ExtremePhases/Case1_300_T00_xyz.txt", voxels + np.array([0, 0, apart_mm / 2.5]))
+    if fine:
+        (source,) = read_layout("auto", tmp_path)
+        assert source.landmarks["expert"].identity_tre_mm().mean() == pytest.approx(apart_mm, abs=1e-3)
+        return
+    with pytest.raises(CacheError, match=rf"landmarks are {apart_mm:.2f} mm apart .* documented are 3.84 to 3.94 mm"):
+        read_layout("auto", tmp_path)
+
+
+@pytest.mark.parametrize(("apart_mm", "fine"), [(25.9, True), (3.0, False), (60.0, False)])
+def test_copd_landmarks_must_be_as_far_apart_as_documented(tmp_path: Path, apart_mm: float, fine: bool) -> None:
+    touch(tmp_path, "copd1/copd1_eBHCT.img", "copd1/copd1_iBHCT.img")
+    voxels = np.random.default_rng(0).uniform(20, 90, (300, 3))
+    _write_points(tmp_path / "copd1/copd1_300_eBH_xyz_r1.txt", voxels)
+    _write_points(tmp_path / "copd1/copd1_300_iBH_xyz_r1.txt", voxels + np.array([apart_mm / 0.625, 0, 0]))
+    if fine:
+        (source,) = read_layout("auto", tmp_path)
+        assert source.landmarks["expert"].identity_tre_mm().mean() == pytest.approx(apart_mm, abs=1e-3)
+        return
+    with pytest.raises(CacheError, match=r"patient dirlab-copd-01: .* documented are 12.20 to 31.00 mm"):
+        read_layout("auto", tmp_path)
+
+
+def test_one_based_voxels_become_mm_from_the_lowest_slice() -> None:
+    form = dirlab_copd.table_format(9)  # 116 slices, 0.664 mm
+    first, last = raw_to_mm(np.array([[1.0, 1.0, 1.0], [512.0, 2.0, 116.0]]), form)
+    np.testing.assert_allclose(first, [0, 0, 115 * 2.5])
+    np.testing.assert_allclose(last, [511 * 0.664, 0.664, 0])
+
+
+def test_lung250m_names_each_collections_people() -> None:
+    people = [lung250m.person(case) for case in range(124)]
+    assert people[:11] == [f"empire10-{n:02d}" for n in (1, 7, 8, 13, 14, 16, 17, 18, 20, 21, 23)]
+    assert people[12:34] + people[114:] == [f"nlst:?lung250m/{n:03d}" for n in (*range(12, 34), *range(114, 124))]
+    assert people[34:54] == [f"tcia-4dlung:?lung250m/{n:03d}" for n in range(34, 54)]
+    assert people[84:104] == [f"tcia-ventilation:?lung250m/{n:03d}" for n in range(84, 104)]
+    assert people[54:84] == [f"learn2reg-lungct-{n:04d}" for n in range(1, 31)]
+    assert people[104:114] == [f"dirlab-copd-{n:02d}" for n in range(1, 11)]

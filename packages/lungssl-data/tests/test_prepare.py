@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lungssl_data.aeration_checks import gas_ml, scan_warnings
 from lungssl_data.lung_mask import LungMaskError
-from lungssl_data.prepare import PrepareConfig, coarse_affine, lung_box_mm, prepare_scan, resample_hu
+from lungssl_data.prepare import PrepareConfig, coarse_affine, lung_box_mm, prepare_scan
+from lungssl_data.resample import resample_hu
 from lungssl_data.volume import Geometry, LabelMap, Volume
 
 Thorax = Callable[..., Volume]
@@ -23,21 +25,21 @@ def test_linear_resampling_keeps_a_ramp_exactly_where_it_is_in_space() -> None:
     target = Geometry(shape=(15, 17, 19), spacing_mm=(1.5, 2.0, 2.0), origin_mm=(3.0, 20.0, 50.0), direction=np.eye(3))
     z, y, x = np.indices(target.shape)
     expected = 10 * (x * 1.5 + 3) + 4 * (y * 2.0 + 20) - 8 * (z * 2.0 + 50)
-    np.testing.assert_allclose(resample_hu(ramp, target), expected, atol=1.0)
+    np.testing.assert_allclose(resample_hu(ramp, target)[0], expected, atol=1.0)
 
 
 def test_beyond_the_last_slice_comes_its_value_not_padding() -> None:
     grid = Geometry(shape=(6, 6, 6), spacing_mm=(2.0, 2.0, 2.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
     volume = Volume(hu=np.full((6, 6, 6), 55, np.int16), geometry=grid)
     target = replace(grid, shape=(8, 6, 6), origin_mm=(0.0, 0.0, -1.5))
-    assert (resample_hu(volume, target) == 55).all()
+    assert (resample_hu(volume, target)[0] == 55).all()
 
 
 def test_coarser_grids_are_smoothed_first() -> None:
     rng = np.random.default_rng(0)
     grid = Geometry(shape=(60, 60, 60), spacing_mm=(1.0, 1.0, 1.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
     noise = Volume(hu=(100 * rng.standard_normal(grid.shape)).astype(np.int16), geometry=grid)
-    coarse = resample_hu(noise, replace(grid, shape=(15, 15, 15), spacing_mm=(4.0, 4.0, 4.0)))
+    coarse, _ = resample_hu(noise, replace(grid, shape=(15, 15, 15), spacing_mm=(4.0, 4.0, 4.0)))
     assert coarse.std() < 15  # sampling without smoothing keeps 100
 
 
@@ -139,7 +141,7 @@ def test_turning_the_axes_adds_no_blur_of_its_own() -> None:
     # The same axes and spacing, moved by whole voxels: plain copying, whatever the angle.
     moved = noise.geometry.index_to_mm() @ [5.0, 6.0, 7.0, 1.0]
     target = replace(noise.geometry, shape=(20, 20, 20), origin_mm=tuple(map(float, moved)))
-    np.testing.assert_array_equal(resample_hu(noise, target), noise.hu[7:27, 6:26, 5:25])
+    np.testing.assert_array_equal(resample_hu(noise, target)[0], noise.hu[7:27, 6:26, 5:25])
 
 
 def test_a_given_lung_mask_in_other_codes_is_refused(thorax: Thorax) -> None:
@@ -154,3 +156,50 @@ def test_a_given_mask_of_the_whole_body_is_refused(thorax: Thorax) -> None:
     body = LabelMap(labels=(volume.hu > -900).astype(np.uint8), geometry=volume.geometry)
     with pytest.raises(LungMaskError, match="believable are 0 to 12000 ml"):
         prepare_scan(volume, config=PrepareConfig(), lung=body)
+
+
+def test_sides_of_a_mask_without_any_are_found_on_any_axes(thorax: Thorax) -> None:
+    volume = thorax()
+    labels = lungs(volume)
+    both = replace(labels, labels=np.where(labels.labels > 0, 3, 0).astype(np.uint8))
+    config = PrepareConfig(spacing_mm=4.3, margin_mm=11.0)  # no sample halfway between two voxels
+    expected = prepare_scan(volume, config=config, lung=labels)
+    np.testing.assert_array_equal(prepare_scan(volume, config=config, lung=both).lung, expected.lung)
+    flip = np.diag([-1.0, 1.0, 1.0])
+    origin = (volume.geometry.origin_mm[0] + 4.0 * 79, *volume.geometry.origin_mm[1:])
+    mirrored = replace(volume.geometry, direction=flip, origin_mm=origin)
+    turned_volume = Volume(hu=np.ascontiguousarray(volume.hu[:, :, ::-1]), geometry=mirrored)
+    turned_labels = LabelMap(labels=np.ascontiguousarray(both.labels[:, :, ::-1]), geometry=mirrored)
+    np.testing.assert_array_equal(prepare_scan(turned_volume, config=config, lung=turned_labels).lung, expected.lung)
+
+
+def test_white_and_missing_lungs_are_warned_of(thorax: Thorax) -> None:
+    volume = thorax()
+    config = PrepareConfig(spacing_mm=5.0)
+    healthy = prepare_scan(volume, config=config, lung=lungs(volume))
+    assert scan_warnings(healthy) == ()
+    assert gas_ml(healthy) == pytest.approx(0.7 * 2 * 4 / 3 * np.pi * 48 * 75 * 110 / 1000, rel=0.03)
+    inside = lungs(volume)
+    left = inside.labels == 2
+    flooded = replace(volume, hu=np.where(left, 20, volume.hu).astype(np.int16))
+    drowned = scan_warnings(prepare_scan(flooded, config=config, lung=inside))
+    assert [w.split(" only")[0] for w in drowned[:2]] == ["the lungs hold", "the left lung holds"]
+    assert drowned[2] == "50 % of the lung mask holds no air"
+    white = replace(volume, hu=np.where(inside.labels > 0, -200, volume.hu).astype(np.int16))
+    assert scan_warnings(prepare_scan(white, config=config, lung=inside))[0].startswith("the lungs hold only 0.6")
+    unmasked = LabelMap(labels=np.where(left, 0, inside.labels).astype(np.uint8), geometry=volume.geometry)
+    assert any(
+        "left lung holds only 0 %" in w for w in scan_warnings(prepare_scan(volume, config=config, lung=unmasked))
+    )
+
+
+def test_the_box_of_a_mask_is_that_of_its_voxels_on_any_axes() -> None:
+    rng = np.random.default_rng(4)
+    for degrees in (0.0, 25.0):
+        grid = Geometry(shape=(9, 11, 13), spacing_mm=(1.0, 2.0, 3.0), origin_mm=(5.0, -4.0, 3.0), direction=np.eye(3))
+        volume = turned(Volume(hu=np.zeros(grid.shape, np.int16), geometry=grid), degrees)
+        labels = (rng.random(grid.shape) < 0.03).astype(np.uint8)
+        affine = volume.geometry.index_to_mm()
+        points = np.argwhere(labels)[:, ::-1] @ affine[:, :3].T + affine[:, 3]
+        box = lung_box_mm(LabelMap(labels=labels, geometry=volume.geometry))
+        np.testing.assert_allclose(box, [points.min(0), points.max(0)])

@@ -9,7 +9,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def test_the_readme_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    example = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert example is not None
     monkeypatch.chdir(tmp_path)
     exec(compile(example.group(1), str(README), "exec"), {})

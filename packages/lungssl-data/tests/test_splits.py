@@ -1,3 +1,5 @@
+import pytest
+from lungssl_data.pair import CacheError
 from lungssl_data.splits import FRACTIONS, assign_splits
 
 
@@ -21,3 +23,55 @@ def test_patients_keep_their_split_when_others_join() -> None:
     after = assign_splits([f"p{i}" for i in range(30)], before)
     assert {patient: after[patient] for patient in before} == before
     assert len(after) == 30
+
+
+def test_all_patients_of_a_person_are_in_one_split() -> None:
+    names = [f"p{i}" for i in range(60)]
+    persons = {name: f"person{i // 2}" for i, name in enumerate(names)}
+    splits = assign_splits(names, {}, persons)
+    assert all(splits[a] == splits[b] for a, b in zip(names[::2], names[1::2], strict=True))
+    assert set(splits.values()) == set(FRACTIONS)
+
+
+def test_a_patient_named_as_anothers_person_is_that_person() -> None:
+    splits = assign_splits(["copd1", "lung250m104", *(f"p{i}" for i in range(20))], {}, {"lung250m104": "copd1"})
+    assert splits["copd1"] == splits["lung250m104"]
+
+
+def test_a_patient_joins_the_split_of_the_person() -> None:
+    for split in FRACTIONS:
+        assert assign_splits(["a", "b"], {"a": split}, {"a": "one", "b": "one"})["b"] == split
+
+
+def test_one_person_in_two_splits_is_refused_with_both_patients() -> None:
+    with pytest.raises(CacheError, match=r"patients b \(test\) and a \(train\) are or may be one person"):
+        assign_splits(["a", "b", "c"], {"a": "train", "b": "test"}, {"a": "one", "b": "one", "c": "one"})
+
+
+def test_a_collection_that_stays_together_goes_where_it_fits_best() -> None:
+    names = [f"p{i}" for i in range(100)]
+    splits = assign_splits(names, {}, dict.fromkeys(names[:40], "nlst"))
+    assert {splits[name] for name in names[:40]} == {"train"}
+    assert abs(sum(split == "train" for split in splits.values()) - 60) <= 1
+
+
+def test_a_collection_alone_is_split_by_its_people() -> None:
+    names = [f"p{i}" for i in range(40)]
+    for person in ("nlst:{}", "nlst:?lung250m/{}"):
+        splits = assign_splits(names, {}, {name: person.format(name) for name in names})
+        assert set(splits.values()) == set(FRACTIONS)
+
+
+def test_a_collection_goes_together_where_another_holds_its_people_under_other_names() -> None:
+    own = {f"a{i}": f"nlst:{i}" for i in range(10)}
+    other = {f"b{i}": f"nlst:?lung250m/{i}" for i in range(10)} | {f"c{i}": f"copd:{i}" for i in range(20)}
+    splits = assign_splits([*own, *other], {}, own | other)
+    assert len({splits[name] for name in (*own, *(n for n in other if n[0] == "b"))}) == 1
+    assert len({splits[f"c{i}"] for i in range(20)}) == 3
+
+
+def test_a_collection_that_was_parted_cannot_be_joined_by_one_that_holds_its_people() -> None:
+    own = {f"a{i}": f"nlst:{i}" for i in range(10)}
+    before = assign_splits(own, {}, own)
+    with pytest.raises(CacheError, match="may be one person and in two splits"):
+        assign_splits([*own, "b"], before, own | {"b": "nlst:?lung250m/1"})

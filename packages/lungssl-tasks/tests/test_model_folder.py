@@ -76,7 +76,7 @@ def test_a_folder_that_lacks_a_file_is_no_model(name: str, tmp_path: Path) -> No
 def test_a_card_of_another_version_is_named(change: dict, message: str, tmp_path: Path) -> None:
     _save(tmp_path / "model", _model())
     path = tmp_path / "model" / "model.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}))
     with pytest.raises(ModelFolderError, match=message):
         load_model(tmp_path / "model")
 

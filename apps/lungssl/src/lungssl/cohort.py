@@ -26,8 +26,11 @@ class CohortConfig:
     """First phantom's seed."""
 
     def name(self) -> str:
-        """Folder name: a new one for every other cohort."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """Folder name: a new one for every other cohort, and for every other version of phantom or cache."""
+        from lungssl_data.cache_index import FORMAT_VERSION
+        from lungssl_data.phantom.config import PHANTOM_VERSION
+
+        text = json.dumps([FORMAT_VERSION, PHANTOM_VERSION, asdict(self)], sort_keys=True)
         return f"phantoms-{self.patients}x{self.spacing_mm:g}mm-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

@@ -106,12 +106,12 @@ def write_scores(folder: Path, scores: list[ScanScore]) -> None:
     """`scores.csv` with a line per patient, phase and structure, `summary.json`, and `table.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [item.row() for item in scores]
-    with open(folder / "scores.csv", "w", newline="") as handle:
+    with open(folder / "scores.csv", "w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "summary.json").write_text(json.dumps(summary(scores), indent=2, allow_nan=False))
-    (folder / "table.txt").write_text(table(scores) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary(scores), indent=2, allow_nan=False), encoding="utf-8")
+    (folder / "table.txt").write_text(table(scores) + "\n", encoding="utf-8")
 
 
 def _cell(moments: dict[str, float | None], digits: int) -> str:

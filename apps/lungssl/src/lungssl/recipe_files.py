@@ -23,8 +23,8 @@ def recipe_text(name_or_path: str | Path) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"{path}: no such recipe file; `lungssl list recipes` names the shipped ones")
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     known = list_recipes()
     if str(name_or_path) not in known:
         raise ConfigError(f"unknown recipe {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}")
-    return (files("lungssl") / "recipes" / f"{name_or_path}.yaml").read_text()
+    return (files("lungssl") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")

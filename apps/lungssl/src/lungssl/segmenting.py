@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from lungssl_data.lung_mask import LungMaskError, lung_mask, plausibility
-from lungssl_data.prepare import PrepareConfig, prepare_scan, resample_labels
+from lungssl_data.prepare import PrepareConfig, prepare_scan
+from lungssl_data.resample import resample_labels
 from lungssl_data.volume import LabelMap, Volume
 from numpy import ndarray
 
@@ -65,4 +66,4 @@ def describe(segmented: Segmented) -> str:
 
 def write_report(segmented: Segmented, path: Path) -> None:
     """The volumes as JSON."""
-    path.write_text(json.dumps({"volumes_ml": segmented.volumes_ml()}, indent=2))
+    path.write_text(json.dumps({"volumes_ml": segmented.volumes_ml()}, indent=2), encoding="utf-8")

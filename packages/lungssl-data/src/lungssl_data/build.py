@@ -1,36 +1,35 @@
-"""Building a pair cache from files: what is done already stays, what fails is reported, the rest goes on."""
+"""Building a pair cache from files: what is done already stays, what fails is reported, the rest goes on.
 
-import hashlib
+    <cache>/build.jsonl      one line per patient of each build: outcome, message, warnings, seconds
+    <cache>/.splits.json     the split of every patient ever listed (`building/plan.py`)
+    <cache>/.hashes.jsonl    content hashes of source files (`building/hashes.py`); safe to delete
+    <cache>/.<patient>.lock  a patient that a builder is at work on (`building/locks.py`)
+
+Any number of builders, on any number of machines, may work on one folder at a time.
+"""
+
 import json
+import os
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
+from lungssl_data.building.hashes import append
+from lungssl_data.building.locks import STALE_S, Locks, sweep
+from lungssl_data.building.patient import Built, PhaseCheck, Recipe, build_patient, pair_from_source
+from lungssl_data.building.plan import decide_splits, known_patients, shard_of
+from lungssl_data.building.workers import Workers
+from lungssl_data.cache_index import rebuild_index
+from lungssl_data.layouts.source import PairSource
+from lungssl_data.pair import CacheError, Split
+from lungssl_data.prepare import PrepareConfig
 
-from lungssl_data.cache import write_pair
-from lungssl_data.cache_index import FORMAT_VERSION, PatientRecord, rebuild_index
-from lungssl_data.field import read_field
-from lungssl_data.layouts.source import LOBE_CODES, PairSource, ScanSource
-from lungssl_data.pair import CacheError, Displacement, PhasePair, PhaseScan, Split
-from lungssl_data.prepare import PrepareConfig, coarse_affine, prepare_scan
-from lungssl_data.readers import files_of, read_labels, read_volume
-from lungssl_data.splits import assign_splits
-from lungssl_data.volume import LabelMap
+__all__ = ["Built", "PhaseCheck", "build_cache", "pair_from_source"]
 
-PREPARE_VERSION = 2
-"""Raised whenever the same files and parameters would give other voxels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """What became of one patient."""
-
-    patient: str
-    outcome: Literal["built", "unchanged", "failed"]
-    message: str
-    """Shapes and lung volumes, or what is wrong and what to do."""
+_POLL_S = 0.3
+"""Between looks at patients that another builder is at work on."""
 
 
 def build_cache(
@@ -39,123 +38,101 @@ def build_cache(
     *,
     config: PrepareConfig,
     compression: Literal["lz4", "gzip"] = "lz4",
+    jobs: int = 0,
+    shard: tuple[int, int] = (1, 1),
+    phase_check: PhaseCheck = "fail",
+    time_limit_s: float | None = None,
+    memory_limit_gib: float | None = None,
+    lock_stale_s: float = STALE_S,
 ) -> Iterator[Built]:
-    """Build or complete a cache, patient by patient; yields each one's outcome.
+    """Build or complete a cache, patient by patient; yields each one's outcome as it is known.
 
     A patient is rebuilt when its files, `config` or the code's version changed (content hash). Patients in the folder
     that `sources` doesn't name are left alone. A patient that fails leaves no file of this build behind.
+
+    `jobs` processes work side by side and may die without harm to other patients; with 0 all happens in this process,
+    and the two limits, which are those of a process, can't be given. `shard` (i, n) builds the i-th of n parts; splits
+    are those of the whole list. `phase_check` says whether an inhale with less gas than its exhale fails its patient.
     """
     names = [source.patient for source in sources]
     if len(set(names)) < len(names):
         raise CacheError(f"patient ids repeat: {sorted({n for n in names if names.count(n) > 1})}; give each its own")
+    if jobs == 0 and (time_limit_s is not None or memory_limit_gib is not None):
+        raise ValueError("limits of time and memory are those of a worker process; build with jobs=1 or more")
+    mine = shard_of(sources, shard)
     folder.mkdir(parents=True, exist_ok=True)
-    known = {record.patient: record for record in rebuild_index(folder)}
-    fixed: dict[str, Split] = {patient: record.split for patient, record in known.items()}
-    fixed |= {source.patient: source.split for source in sources if source.split is not None}
-    splits = assign_splits([*known, *names], fixed)
-    for source in sources:
-        try:
-            yield _build_one(source, folder, config, compression, splits[source.patient], known)
-        except (ValueError, OSError) as error:
-            yield Built(patient=source.patient, outcome="failed", message=" ".join(str(error).split()))
+    sweep(folder)
+    locks = Locks(folder, stale_s=lock_stale_s)
+    try:
+        splits = decide_splits(sources, folder, known_patients(folder), locks)
+        recipe = Recipe(
+            folder=folder,
+            config=config,
+            compression=compression,
+            phase_check=phase_check,
+            threads=max(1, (os.cpu_count() or 1) // max(jobs, 1)),
+        )
+        if jobs == 0:
+            outcomes = _here(mine, splits, recipe, locks)
+        else:
+            workers = Workers(jobs, recipe, time_limit_s=time_limit_s, memory_limit_gib=memory_limit_gib)
+            outcomes = _in_workers(mine, splits, workers, locks)
+        for built in outcomes:
+            _log(folder, built)
+            yield built
+    finally:
+        locks.close()
     rebuild_index(folder)
 
 
-def pair_from_source(source: PairSource, *, config: PrepareConfig, split: Split, key: str = "") -> PhasePair:
-    """Read and prepare one patient; ValueError (or a subclass) with the file's name for what can't be used."""
-    scans = {phase: _scan(scan, config) for phase, scan in source.scans.items()}
-    exhale, inhale = scans.get("exhale"), scans.get("inhale")
-    displacement = None
-    if source.displacement is not None:
-        u_mm, geometry = read_field(source.displacement)
-        displacement = Displacement(
-            u_mm=u_mm, spacing_mm=geometry.spacing_mm, origin_mm=geometry.origin_mm, provenance=source.displacement.name
-        )
-    if exhale is None or inhale is None:
-        if displacement is not None:
-            raise CacheError(
-                f"patient {source.patient}: a displacement needs both phases, there is only {next(iter(scans))}"
-            )
-        return PhasePair(patient=source.patient, exhale=exhale, inhale=inhale, split=split, key=key)
-    return PhasePair(
-        patient=source.patient,
-        exhale=exhale,
-        inhale=inhale,
-        exhale_to_inhale=coarse_affine(exhale, inhale),
-        affine_provenance="lung mask moments",
-        displacement=displacement,
-        split=split,
-        key=key,
-    )
+def _here(sources: Sequence[PairSource], splits: dict[str, Split], recipe: Recipe, locks: Locks) -> Iterator[Built]:
+    queue = deque(sources)
+    while queue:
+        for _ in range(len(queue)):
+            source = queue.popleft()
+            if not locks.acquire(source.patient):
+                queue.append(source)  # another builder has it: the others first, then see what it made
+                continue
+            try:
+                built = build_patient(source, splits[source.patient], recipe)
+            finally:
+                locks.release(source.patient)
+            yield built
+        if queue:
+            time.sleep(_POLL_S)
 
 
-def _build_one(
-    source: PairSource,
-    folder: Path,
-    config: PrepareConfig,
-    compression: Literal["lz4", "gzip"],
-    split: Split,
-    known: dict[str, PatientRecord],
-) -> Built:
-    key = _key(source, config, compression)
-    before = known.get(source.patient)
-    if before is not None and before.key == key and before.split == split:
-        return Built(patient=source.patient, outcome="unchanged", message=f"{'+'.join(before.phases())}, {split}")
-    pair = pair_from_source(source, config=config, split=split, key=key)
-    write_pair(pair, folder, compression=compression)
-    parts = [f"{phase} {_describe(pair.scan(phase))}" for phase in pair.phases()]
-    return Built(patient=source.patient, outcome="built", message=f"{'; '.join(parts)}; {split}")
+def _in_workers(
+    sources: Sequence[PairSource], splits: dict[str, Split], workers: Workers, locks: Locks
+) -> Iterator[Built]:
+    queue = deque(sources)
+    try:
+        while queue or workers.busy():
+            for _ in range(len(queue)):
+                if not workers.idle():
+                    break
+                source = queue.popleft()
+                if locks.acquire(source.patient):
+                    workers.start(source, splits[source.patient])
+                else:
+                    queue.append(source)
+            if not workers.busy():
+                time.sleep(_POLL_S)
+                continue
+            for built in workers.finished(_POLL_S if workers.idle() and queue else 60.0):
+                locks.release(built.patient)
+                yield built
+    finally:
+        workers.close()
 
 
-def _scan(source: ScanSource, config: PrepareConfig) -> PhaseScan:
-    return prepare_scan(
-        read_volume(source.image),
-        config=config,
-        lung=read_labels(source.lung) if source.lung else None,
-        lobes=_lobes(source) if source.lobes else None,
-        source_sha256=_sha256(source.files()["image"]),
-    )
-
-
-def _lobes(source: ScanSource) -> LabelMap:
-    assert source.lobes is not None
-    labels = read_labels(source.lobes)
-    table = np.zeros(256, np.uint8)
-    for theirs, ours in LOBE_CODES[source.lobe_codes].items():
-        table[theirs] = ours
-    recoded = table[labels.labels]
-    if not recoded.any():
-        raise CacheError(
-            f"{source.lobes.name}: none of its labels is a lobe in the codes {source.lobe_codes!r}; "
-            f"name the right ones in lobe_codes: {', '.join(LOBE_CODES)}"
-        )
-    return LabelMap(labels=recoded, geometry=labels.geometry)
-
-
-def _describe(scan: PhaseScan) -> str:
-    z, y, x = scan.ct_hu.shape
-    litres = np.count_nonzero(scan.lung) * scan.geometry().voxel_ml() / 1000
-    mean_hu = scan.ct_hu[scan.lung > 0].mean()
-    return f"{x}x{y}x{z}, lung {litres:.2f} l at {mean_hu:.0f} HU" + (", lobes" if scan.lobes is not None else "")
-
-
-def _key(source: PairSource, config: PrepareConfig, compression: str) -> str:
-    parts = {
-        "versions": [FORMAT_VERSION, PREPARE_VERSION],
-        "config": asdict(config),
-        "compression": compression,
-        "scans": {
-            phase: {role: _sha256(files) for role, files in scan.files().items()} | {"lobe_codes": scan.lobe_codes}
-            for phase, scan in source.scans.items()
-        },
-        "displacement": _sha256(files_of(source.displacement)) if source.displacement else None,
+def _log(folder: Path, built: Built) -> None:
+    line = {
+        "unix_s": round(time.time()),
+        "patient": built.patient,
+        "outcome": built.outcome,
+        "message": built.message,
+        "warnings": built.warnings,
+        "time_s": round(built.time_s, 2),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    append(folder / "build.jsonl", json.dumps(line) + "\n")

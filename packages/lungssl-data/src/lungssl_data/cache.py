@@ -1,51 +1,50 @@
 """Pair cache: a folder with one HDF5 file per patient, written once, atomically.
 
-    <patient>.h5                 attrs: format, patient, split, key (what the file was made from and how)
+    <patient>.h5                 attrs: format, patient, person, split, key (what the file was made from and how)
       /exhale                    attrs: spacing_mm, origin_mm as (x, y, z) in LPS; source_sha256; lung_ml
       /exhale/ct           int16 [z, y, x]  Hounsfield units; padding and everything outside the scanner's view -1000
       /exhale/valid        uint8 [z, y, x]  1 where the scanner measured
       /exhale/lung         uint8 [z, y, x]  1 right lung, 2 left lung
       /exhale/lobes        uint8 [z, y, x]  1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL; optional
+      /exhale/lesion       uint8 [z, y, x]  1 ground glass, 2 consolidation, 3 lesion of unnamed type; optional
       /exhale/lung_points_vox  uint16 [n, 3]  random lung voxels as (z, y, x), from which crops are centred
       /inhale/...                the same on its own grid; either phase may be absent
       /exhale_to_inhale          attrs: affine (3, 4), exhale LPS mm to inhale LPS mm, and where it is from
       /exhale_to_inhale/u  float32 [3, z, y, x]  optional displacement in mm, components (x, y, z), with its own
                                  spacing_mm, origin_mm and provenance
+      /exhale_to_inhale/landmarks_expert, landmarks_automatic  float64 [n, 2, 3]  optional corresponding points, exhale
+                                 then inhale, (x, y, z) in LPS mm: set by people, found by a program
+      /chunks/exhale       int64 [v, z, y, x, 2]  place and size in bytes of each chunk of the phase's volumes, these in
+                                 the order of attribute `volumes`, ct first; absent in gzip files
     index.json                   a summary that is rebuilt from the files whenever it disagrees with them
 
-Grids are axis-aligned with LPS. Volumes are chunked 32**3 (`io.md` section 2); `lz4` is bitshuffle + LZ4 and needs
-hdf5plugin to read, `gzip` reads anywhere. Every dataset carries the CRC-32 of its decoded bytes.
+Grids are axis-aligned with LPS. Volumes are in chunks of 32**3 voxels (fewer where a side is shorter): `lz4` is the
+filters shuffle (ct only) and LZ4 with one LZ4 block per byte plane (`chunk_codec.py`), needs hdf5plugin to read and is
+read here without HDF5; `gzip` reads anywhere. Every dataset but `/chunks` carries the CRC-32 of its decoded bytes.
 """
 
 import hashlib
 import json
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import h5py
-import hdf5plugin
 import numpy as np
-from jaxtyping import UInt8, UInt16
+from jaxtyping import UInt16
 from numpy import ndarray
 
-from lungssl_data.cache_index import (
-    FORMAT_VERSION,
-    Node,
-    PatientRecord,
-    PhaseRecord,
-    open_patient_file,
-    patient_record,
-    read_index,
-    triple,
-)
+from lungssl_data.cache_file import Compression, check_file, read_displacement, read_landmarks, write_patient
+from lungssl_data.cache_index import PatientRecord, PhaseRecord, open_patient_file, read_index, temporary_path
+from lungssl_data.direct_chunks import PatientChunks
 from lungssl_data.pair import (
     AIR_HU,
     CacheError,
     Displacement,
+    LandmarkKind,
+    Landmarks,
     Phase,
     PhasePair,
     PhaseScan,
@@ -53,24 +52,11 @@ from lungssl_data.pair import (
     check_patient_id,
 )
 
-CHUNK_VOX = 32
-"""Chunk side: a 96**3 crop decodes 2.3 times its voxels at 32, 4.5 times at 64 (`io.md` section 2, point 1)."""
-MASKS = ("valid", "lung", "lobes")
-_OPEN_FILES = 32  # well under the usual limit of 256-1024 descriptors a process, with several workers
+_OPEN_FILES = 128
+"""Of the usual 1024 descriptors a process; loaders pass tensors between processes by descriptors, too."""
 
 
-def lung_points_vox(lung: UInt8[ndarray, "z y x"], *, count: int = 4096) -> UInt16[ndarray, "n 3"]:
-    """At most `count` random lung voxels as (z, y, x), the same ones for the same mask.
-
-    4096 points cover a 4-litre lung about every 10 mm: finer than any crop jitter.
-    """
-    inside = np.flatnonzero(lung)
-    if len(inside) > count:
-        inside = np.sort(np.random.default_rng(0).choice(inside, count, replace=False))
-    return np.stack(np.unravel_index(inside, lung.shape), axis=1).astype(np.uint16)
-
-
-def write_pair(pair: PhasePair, folder: Path, *, compression: Literal["lz4", "gzip"] = "lz4") -> Path:
+def write_pair(pair: PhasePair, folder: Path, *, compression: Compression = "lz4") -> Path:
     """Write `<folder>/<patient>.h5` so that a reader sees either the old file or the whole new one.
 
     Temporary file beside it, read back and compared, fsync, rename, fsync of the folder.
@@ -80,11 +66,11 @@ def write_pair(pair: PhasePair, folder: Path, *, compression: Literal["lz4", "gz
         raise CacheError(f"patient {pair.patient}: no exhale and no inhale scan; a pair needs at least one of them")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{pair.patient}.h5"
-    temporary = folder / f".{pair.patient}.{os.getpid()}.tmp"
+    temporary = temporary_path(folder, pair.patient)
     try:
         with h5py.File(temporary, "w") as file:
-            _write(file, pair, compression)
-        problems = _check(temporary)
+            write_patient(file, pair, compression)
+        problems = check_file(temporary)
         if problems:
             raise CacheError(f"{target.name}: written data does not read back ({problems[0]}); check disk and memory")
         with open(temporary, "rb+") as handle:
@@ -101,9 +87,10 @@ def write_pair(pair: PhasePair, folder: Path, *, compression: Literal["lz4", "gz
 
 
 class PairCache:
-    """A folder of patients. Cheap to open; files are opened lazily, per process, and only so many at once.
+    """A folder of patients. Cheap to open; files are opened lazily, and only so many at once.
 
-    Raises CacheError for a folder without patients and for files of another format.
+    Open files are memory maps: they survive a fork, and pickling leaves them behind. Raises CacheError for a folder
+    without patients and for files of another format.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -114,7 +101,10 @@ class PairCache:
         if not self.records:
             raise CacheError(f"{self.folder}: no patient files (*.h5) here; make them with `lungssl cache build`")
         self.patients = list(self.records)
-        self._handles: OrderedDict[tuple[int, str], Node] = OrderedDict()
+        self._open: OrderedDict[str, PatientChunks] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -125,18 +115,20 @@ class PairCache:
     def __getitem__(self, patient: str | int) -> PhasePair:
         """Everything of one patient, by name or place."""
         record = self.record(self.patients[patient] if isinstance(patient, int) else patient)
-        file = self._file(record.patient)
         affine = record.exhale_to_inhale
-        return PhasePair(
-            patient=record.patient,
-            exhale=self._scan(record, "exhale") if record.exhale else None,
-            inhale=self._scan(record, "inhale") if record.inhale else None,
-            exhale_to_inhale=np.asarray(affine) if affine else None,
-            affine_provenance=file["exhale_to_inhale"].attrs["provenance"] if affine else "",
-            displacement=_read_displacement(file) if record.has_displacement else None,
-            split=record.split,
-            key=record.key,
-        )
+        with open_patient_file(self._path(record.patient)) as file:
+            return PhasePair(
+                patient=record.patient,
+                exhale=self._scan(record, "exhale", file["exhale"].attrs["source_sha256"]) if record.exhale else None,
+                inhale=self._scan(record, "inhale", file["inhale"].attrs["source_sha256"]) if record.inhale else None,
+                exhale_to_inhale=np.asarray(affine) if affine else None,
+                affine_provenance=file["exhale_to_inhale"].attrs["provenance"] if affine else "",
+                displacement=read_displacement(file) if record.has_displacement else None,
+                landmarks=read_landmarks(file),
+                person=record.person,
+                split=record.split,
+                key=record.key,
+            )
 
     def record(self, patient: str) -> PatientRecord:
         """Geometry and contents of one patient without reading voxels."""
@@ -159,30 +151,53 @@ class PairCache:
     def read(
         self, patient: str, phase: Phase, name: str, start_vox: tuple[int, int, int], size_vox: tuple[int, int, int]
     ) -> ndarray:
-        """A box of one dataset, starting at (z, y, x) index `start_vox`; outside the volume air (ct) or 0."""
-        dataset = self._dataset(patient, phase, name)
-        box = np.full(size_vox, AIR_HU if name == "ct" else 0, dtype=dataset.dtype)
-        low = [max(0, s) for s in start_vox]
-        high = [min(n, s + k) for n, s, k in zip(dataset.shape, start_vox, size_vox, strict=True)]
-        if all(a < b for a, b in zip(low, high, strict=True)):
-            source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-            into = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start_vox, strict=True))
-            try:
-                box[into] = dataset[source]
-            except OSError as error:
-                raise CacheError(
-                    f"{patient}.h5: /{phase}/{name} is damaged within {source}; delete the file and rerun "
-                    f"`lungssl cache build`"
-                ) from error
-        return box
+        """A box of one volume, starting at (z, y, x) index `start_vox`; outside the volume air (ct) or 0.
+
+        CacheError naming patient and chunk where the file is damaged.
+        """
+        out = np.empty(size_vox, np.int16 if name == "ct" else np.uint8)
+        return self.read_into(patient, phase, name, start_vox, out)
+
+    def read_into(
+        self, patient: str, phase: Phase, name: str, start_vox: tuple[int, int, int], out: ndarray
+    ) -> ndarray:
+        """`read` into `out` [z, y, x], int16 for ct and uint8 for masks, C-contiguous; returns it."""
+        shape = self._shape(patient, phase, name)
+        if any(s < 0 or s + k > n for s, k, n in zip(start_vox, out.shape, shape, strict=True)):
+            out.fill(AIR_HU if name == "ct" else 0)
+        chunks = self._chunks(patient)
+        volume = chunks.volumes.get(f"{phase}/{name}")
+        if volume is None:
+            self._read_by_hdf5(patient, f"{phase}/{name}", start_vox, out)
+        elif volume.shape != shape:
+            raise CacheError(f"{self._path(patient)}: changed since the cache was opened; open the cache again")
+        else:
+            chunks.read_into(f"{phase}/{name}", start_vox, out)
+        return out
 
     def lung_points_vox(self, patient: str, phase: Phase) -> UInt16[ndarray, "n 3"]:
         """Random lung voxels (z, y, x) to centre crops on."""
-        return self._dataset(patient, phase, "lung_points_vox")[()]
+        self.phase_record(patient, phase)
+        with open_patient_file(self._path(patient)) as file:
+            return file[f"{phase}/lung_points_vox"][()]
 
     def displacement(self, patient: str) -> Displacement | None:
         """The field, read whole, or None."""
-        return _read_displacement(self._file(patient)) if self.record(patient).has_displacement else None
+        if not self.record(patient).has_displacement:
+            return None
+        with open_patient_file(self._path(patient)) as file:
+            return read_displacement(file)
+
+    def landmarks(self, patient: str) -> dict[LandmarkKind, Landmarks]:
+        """Corresponding points by who set them; none: empty."""
+        if not self.record(patient).landmarks:
+            return {}
+        with open_patient_file(self._path(patient)) as file:
+            return read_landmarks(file)
+
+    def reader_kind(self, patient: str) -> Literal["direct", "hdf5"]:
+        """How a patient's volumes are read: straight from the chunks (`lz4`), or by HDF5 (`gzip`, much slower)."""
+        return "direct" if self._chunks(patient).volumes else "hdf5"
 
     def fingerprint(self) -> str:
         """Hash over all patients' keys and splits: equal for equal data."""
@@ -192,105 +207,61 @@ class PairCache:
     def verify(self) -> Iterator[tuple[str, list[str]]]:
         """Read everything; yield each patient with its problems (none: an empty list)."""
         for patient in self.patients:
-            yield patient, _check(self.folder / f"{patient}.h5")
+            yield patient, check_file(self._path(patient))
 
     def close(self) -> None:
-        """Close all open files."""
-        while self._handles:
-            self._handles.popitem()[1].close()
+        """Let go of all open files."""
+        self._open.clear()
 
-    def _file(self, patient: str) -> Node:
-        key = (os.getpid(), patient)  # a handle must not be used across a fork: HDF5 would mix up file offsets
-        if key not in self._handles:
-            self._handles[key] = open_patient_file(self.folder / f"{patient}.h5")
-            if len(self._handles) > _OPEN_FILES:
-                self._handles.popitem(last=False)[1].close()
-        self._handles.move_to_end(key)
-        return self._handles[key]
+    def _path(self, patient: str) -> Path:
+        return self.folder / f"{patient}.h5"
 
-    def _dataset(self, patient: str, phase: Phase, name: str) -> Node:
+    def _chunks(self, patient: str) -> PatientChunks:
+        # Single steps on the dict, no lock: threads may read at once, and a lock might be held across a fork.
+        chunks = self._open.pop(patient, None) or PatientChunks(self._path(patient))
+        self._open[patient] = chunks
+        while len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
+        return chunks
+
+    def _shape(self, patient: str, phase: Phase, name: str) -> tuple[int, int, int]:
         record = self.phase_record(patient, phase)
         if name not in record.datasets:
             raise CacheError(f"patient {patient}: {phase} has no {name!r}, only {', '.join(record.datasets)}")
-        return self._file(patient)[f"{phase}/{name}"]
+        return record.shape
 
-    def _scan(self, record: PatientRecord, phase: Phase) -> PhaseScan:
-        group = self._file(record.patient)[phase]
+    def _read_by_hdf5(self, patient: str, name: str, start_vox: tuple[int, int, int], out: ndarray) -> None:
+        # Opened for each box: nothing is open across a fork, and gzip takes 20 times as long as opening does.
+        with open_patient_file(self._path(patient)) as file:
+            dataset = file[name]
+            low = [max(0, s) for s in start_vox]
+            high = [min(n, s + k) for n, s, k in zip(dataset.shape, start_vox, out.shape, strict=True)]
+            if not all(a < b for a, b in zip(low, high, strict=True)):
+                return
+            source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+            into = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start_vox, strict=True))
+            try:
+                out[into] = dataset[source]
+            except OSError as error:
+                chunks = [(a // c, (b - 1) // c) for a, b, c in zip(low, high, dataset.chunks, strict=True)]
+                raise CacheError(
+                    f"patient {patient}: /{name} is damaged in a chunk within {chunks} (z, y, x); "
+                    f"delete the patient's file and rerun `lungssl cache build`"
+                ) from error
+
+    def _scan(self, record: PatientRecord, phase: Phase, source_sha256: str) -> PhaseScan:
+        known = self.phase_record(record.patient, phase)
+
+        def whole(name: str) -> ndarray:
+            return self.read(record.patient, phase, name, (0, 0, 0), known.shape)
+
         return PhaseScan(
-            ct_hu=group["ct"][()],
-            valid=group["valid"][()],
-            lung=group["lung"][()],
-            lobes=group["lobes"][()] if "lobes" in group else None,
-            spacing_mm=triple(group.attrs["spacing_mm"]),
-            origin_mm=triple(group.attrs["origin_mm"]),
-            source_sha256=group.attrs["source_sha256"],
+            ct_hu=whole("ct"),
+            valid=whole("valid"),
+            lung=whole("lung"),
+            lobes=whole("lobes") if "lobes" in known.datasets else None,
+            lesion=whole("lesion") if "lesion" in known.datasets else None,
+            spacing_mm=known.spacing_mm,
+            origin_mm=known.origin_mm,
+            source_sha256=source_sha256,
         )
-
-
-def _write(file: Node, pair: PhasePair, compression: str) -> None:
-    file.attrs.update(format=FORMAT_VERSION, patient=pair.patient, split=pair.split, key=pair.key)
-    for phase in pair.phases():
-        scan = pair.scan(phase)
-        group = file.create_group(phase)
-        group.attrs["spacing_mm"] = scan.spacing_mm
-        group.attrs["origin_mm"] = scan.origin_mm
-        group.attrs["source_sha256"] = scan.source_sha256
-        group.attrs["lung_ml"] = np.count_nonzero(scan.lung) * scan.geometry().voxel_ml()
-        _dataset(group, "ct", scan.ct_hu, compression)
-        for name in MASKS:
-            mask = getattr(scan, name)
-            if mask is not None:
-                _dataset(group, name, mask, compression)
-        _dataset(group, "lung_points_vox", lung_points_vox(scan.lung), compression)
-    if pair.exhale_to_inhale is not None:
-        link = file.create_group("exhale_to_inhale")
-        link.attrs.update(affine=pair.exhale_to_inhale, provenance=pair.affine_provenance)
-        if pair.displacement is not None:
-            field = pair.displacement
-            _dataset(link, "u", field.u_mm, compression)
-            link["u"].attrs.update(spacing_mm=field.spacing_mm, origin_mm=field.origin_mm, provenance=field.provenance)
-
-
-def _dataset(group: Node, name: str, data: ndarray, compression: str) -> None:
-    options: dict[str, Any] = {}
-    if data.ndim >= 3:
-        options["chunks"] = (1,) * (data.ndim - 3) + tuple(min(CHUNK_VOX, n) for n in data.shape[-3:])
-        if compression == "gzip":
-            options |= {"compression": "gzip", "compression_opts": 4, "shuffle": True}
-        else:
-            options |= dict(hdf5plugin.Bitshuffle(cname="lz4"))
-    group.create_dataset(name, data=data, **options)
-    group[name].attrs["crc32"] = _crc32(data)
-
-
-def _crc32(data: ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(data).data)
-
-
-def _check(path: Path) -> list[str]:
-    """Problems of one file: unreadable, or a dataset whose bytes changed."""
-    problems: list[str] = []
-    try:
-        with open_patient_file(path) as file:
-
-            def visit(name: str, item: Node) -> None:
-                if isinstance(item, h5py.Dataset) and _crc32(item[()]) != item.attrs["crc32"]:
-                    problems.append(f"/{name}: checksum differs")
-
-            file.visititems(visit)
-            for phase in patient_record(file).phases():
-                if not len(file[phase]["lung_points_vox"]):
-                    problems.append(f"/{phase}: empty lung mask")
-    except (OSError, RuntimeError, KeyError, CacheError) as error:
-        problems.append(f"unreadable ({type(error).__name__})")
-    return problems
-
-
-def _read_displacement(file: Node) -> Displacement:
-    data = file["exhale_to_inhale/u"]
-    return Displacement(
-        u_mm=data[()],
-        spacing_mm=triple(data.attrs["spacing_mm"]),
-        origin_mm=triple(data.attrs["origin_mm"]),
-        provenance=data.attrs["provenance"],
-    )

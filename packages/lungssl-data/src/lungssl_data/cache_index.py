@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import h5py
 
-from lungssl_data.pair import CacheError, Phase, Split
+from lungssl_data.pair import CacheError, LandmarkKind, Phase, Split
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LANDMARKS = "exhale_to_inhale/landmarks_{}"
+"""Where the landmarks of each kind are in a patient file."""
 
 Node = Any  # an HDF5 file, group or dataset; h5py types an item as a union of all of them
 
@@ -37,6 +41,8 @@ class PatientRecord:
     inhale: PhaseRecord | None
     exhale_to_inhale: tuple[tuple[float, ...], ...] | None
     has_displacement: bool
+    landmarks: tuple[LandmarkKind, ...]
+    person: str
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases that are there, exhale first."""
@@ -50,21 +56,43 @@ def rebuild_index(folder: Path) -> list[PatientRecord]:
 
 def read_index(folder: Path, *, trust: bool = True) -> list[PatientRecord]:
     index_path = folder / "index.json"
-    known = json.loads(index_path.read_text()) if trust and index_path.exists() else {}
+    known = _known(index_path) if trust else {}
     entries: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.h5")):
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         entry = known.get(path.stem)
         if entry is None or entry["stamp"] != stamp:
-            with open_patient_file(path) as file:
-                entry = {"stamp": stamp, **asdict(patient_record(file))}
+            entry = {"stamp": stamp, **_read_record(path)}
         entries[path.stem] = entry
     if entries != known and os.access(folder, os.W_OK):
-        temporary = folder / f".index.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(entries, indent=1))
+        temporary = temporary_path(folder, "index")
+        temporary.write_text(json.dumps({"format": FORMAT_VERSION, "patients": entries}, indent=1), encoding="utf-8")
         os.replace(temporary, index_path)
     return [_record_from_json(entry) for entry in entries.values()]
+
+
+def temporary_path(folder: Path, name: str) -> Path:
+    """Where this process writes a file before it is published: `.<name>.<host>.<pid>.tmp`, no dot in any part."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    return folder / f".{name}.{host}.{os.getpid()}.tmp"
+
+
+def _known(index_path: Path) -> dict[str, dict[str, Any]]:
+    """The index as it is on disk; empty where there is none, it is of another format or not whole: files are asked."""
+    try:
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index.get("patients", {}) if isinstance(index, dict) and index.get("format") == FORMAT_VERSION else {}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        with open_patient_file(path) as file:
+            return asdict(patient_record(file))
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{path}: damaged HDF5 file; delete it and rerun `lungssl cache build`") from error
 
 
 def _record_from_json(entry: dict[str, Any]) -> PatientRecord:
@@ -88,6 +116,8 @@ def _record_from_json(entry: dict[str, Any]) -> PatientRecord:
         inhale=phase(entry["inhale"]),
         exhale_to_inhale=tuple(tuple(row) for row in affine) if affine else None,
         has_displacement=entry["has_displacement"],
+        landmarks=tuple(entry["landmarks"]),
+        person=entry["person"],
     )
 
 
@@ -104,15 +134,17 @@ def patient_record(file: Node) -> PatientRecord:
             datasets=tuple(group),
         )
 
-    link = file.get("exhale_to_inhale")
+    affine = file["exhale_to_inhale"].attrs.get("affine") if "exhale_to_inhale" in file else None
     return PatientRecord(
         patient=str(file.attrs["patient"]),
         split=file.attrs["split"],
         key=str(file.attrs["key"]),
         exhale=phase("exhale"),
         inhale=phase("inhale"),
-        exhale_to_inhale=None if link is None else tuple(tuple(map(float, row)) for row in link.attrs["affine"]),
-        has_displacement=link is not None and "u" in link,
+        exhale_to_inhale=tuple(tuple(map(float, row)) for row in affine) if affine is not None else None,
+        has_displacement="exhale_to_inhale/u" in file,
+        landmarks=tuple(kind for kind in get_args(LandmarkKind) if LANDMARKS.format(kind) in file),
+        person=str(file.attrs["person"]),
     )
 
 

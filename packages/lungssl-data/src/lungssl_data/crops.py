@@ -4,17 +4,18 @@ Stateless: sample i is a function of the seed and i alone, so a run that continu
 read, and any worker can make any sample.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
-from torch import Tensor
 
 from lungssl_data.batch import PHASES, CropBatch
 from lungssl_data.cache import PairCache
+from lungssl_data.hot import HotScans
 from lungssl_data.pair import CacheError, Displacement, Phase, Split
 
 _JITTER_SHARES = (1.0, 0.5, 0.25, 0.0)
@@ -35,6 +36,10 @@ class CropConfig:
     """Least common share of the two blocks, measured in the first one's scan (`ssl.md` C0)."""
     labels: str | None = None
     """Data set to load as task labels, e.g. `lobes`; scans without it are left out."""
+    crops_per_patient: int = 1
+    """Consecutive samples from one patient: fewer files to open, less variety within a batch."""
+    hot_mib: int = 0
+    """Memory of one process for whole decoded scans, read once and then cut from; see `hot.py`."""
 
 
 class PairCrops:
@@ -50,9 +55,16 @@ class PairCrops:
         *,
         split: Split | None = None,
         patients: list[str] | None = None,
+        weights: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
+        """`weights`: how often each patient is drawn, relative to the others; without them all equally often."""
+        if config.crops_per_patient < 1 or config.hot_mib < 0:
+            raise ValueError(
+                f"crops_per_patient {config.crops_per_patient} must be 1 or more, hot_mib {config.hot_mib} 0 or more"
+            )
         self.cache, self.config, self.seed = cache, config, seed
+        self._source = HotScans(cache, config.hot_mib << 20) if config.hot_mib else cache
         wanted = _of_split(cache, split)
         if patients is not None:
             wanted = [patient for patient in wanted if patient in set(patients)]
@@ -64,6 +76,7 @@ class PairCrops:
                 f"{cache.folder}: none of {len(wanted)} patients{f' in split {split}' if split else ''} has "
                 f"{config.phases} scans{labels}; see `lungssl cache info`"
             )
+        self._shares = None if weights is None else _shares(self.patients, weights)
         self._places = {patient: place for place, patient in enumerate(cache.patients)}
         self._displacements: dict[str, Displacement | None] = {}
         self._usable: dict[str, Float[ndarray, "n 3"]] = {}
@@ -72,17 +85,21 @@ class PairCrops:
                 self._centres(patient)  # a pair that can't be matched must stop a run before its first step
 
     def __len__(self) -> int:
-        """Patients: one pass reads one sample of each."""
-        return len(self.patients)
+        """Samples of one pass: `crops_per_patient` of each patient (on average, with weights)."""
+        return len(self.patients) * self.config.crops_per_patient
 
     def batch(self, index: int, batch_size: int) -> CropBatch:
         """Batch number `index`: samples index * batch_size and following, patients shuffled in each pass."""
-        return collate([self[index * batch_size + k] for k in range(batch_size)])
+        return self._read([self._place(index * batch_size + k) for k in range(batch_size)])
 
     def __getitem__(self, sample: int) -> CropBatch:
         """Sample number `sample` (any non-negative integer) as a batch of one."""
-        epoch, place = divmod(sample, len(self.patients))
-        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.patients))
+        return self._read([self._place(sample)])
+
+    def _place(self, sample: int) -> "_Place":
+        epoch, place = divmod(sample // self.config.crops_per_patient, len(self.patients))
+        order_rng, count = np.random.default_rng([self.seed, 0, epoch]), len(self.patients)
+        order = order_rng.permutation(count) if self._shares is None else order_rng.choice(count, count, p=self._shares)
         patient = self.patients[order[place]]
         phases = self.slots[patient]
         rng = np.random.default_rng([self.seed, 1, sample])
@@ -94,7 +111,7 @@ class PairCrops:
             first, second, overlap = self._pair_of_starts(patient, centre, share * self.config.jitter_mm * direction)
             if overlap[0] >= self.config.min_overlap:
                 break
-        return self._read(patient, phases, (_triple(first[0]), _triple(second[0])))
+        return _Place(patient, phases, (_triple(first[0]), _triple(second[0])))
 
     def _centres(self, patient: str) -> Float[ndarray, "n 3"]:
         """Lung voxels (z, y, x) of the first slot around which both slots' blocks share enough.
@@ -156,38 +173,56 @@ class PairCrops:
             mapped = np.where(np.isfinite(u_mm).all(axis=1, keepdims=True), exhale_mm + u_mm, mapped)
         return mapped
 
-    def _read(self, patient: str, phases: tuple[Phase, Phase], starts: tuple[tuple[int, int, int], ...]) -> CropBatch:
-        size = self.config.crop_vox
-        record = self.cache.record(patient)
-
-        def both(name: str) -> Tensor:
-            boxes = [
-                self.cache.read(patient, phase, name, start, size) for phase, start in zip(phases, starts, strict=True)
-            ]
-            return torch.from_numpy(np.stack(boxes))[None]
-
-        affines = np.zeros((1, 2, 3, 4), np.float32)
-        for slot, (phase, start) in enumerate(zip(phases, starts, strict=True)):
-            grid = self.cache.phase_record(patient, phase)
-            affines[0, slot, :, :3] = np.diag(grid.spacing_mm)
-            affines[0, slot, :, 3] = np.asarray(start)[::-1] * grid.spacing_mm + grid.origin_mm
-        paired = phases[0] != phases[1]
-        link = np.asarray(record.exhale_to_inhale) if paired else np.eye(3, 4)
+    def _read(self, places: "list[_Place]") -> CropBatch:
+        names = ("ct", "valid", "lung", *([self.config.labels] if self.config.labels else []))
+        shape = (len(places), 2, *self.config.crop_vox)
+        blocks = {name: np.empty(shape, np.int16 if name == "ct" else np.uint8) for name in names}
+        affines = np.zeros((len(places), 2, 3, 4), np.float32)
+        links = np.zeros((len(places), 3, 4), np.float32)
+        for row, (patient, phases, starts) in enumerate(places):
+            for slot, (phase, start) in enumerate(zip(phases, starts, strict=True)):
+                for name, block in blocks.items():
+                    self._source.read_into(patient, phase, name, start, block[row, slot])
+                grid = self.cache.phase_record(patient, phase)
+                affines[row, slot, :, :3] = np.diag(grid.spacing_mm)
+                affines[row, slot, :, 3] = np.asarray(start)[::-1] * grid.spacing_mm + grid.origin_mm
+            paired = phases[0] != phases[1]
+            links[row] = np.asarray(self.cache.record(patient).exhale_to_inhale) if paired else np.eye(3, 4)
+        tensors = {name: torch.from_numpy(block) for name, block in blocks.items()}
         return CropBatch(
-            ct_hu=both("ct"),
-            valid=both("valid").bool(),
-            lung=both("lung"),
-            labels=both(self.config.labels) if self.config.labels else None,
+            ct_hu=tensors["ct"],
+            valid=tensors["valid"].bool(),
+            lung=tensors["lung"],
+            labels=tensors[self.config.labels] if self.config.labels else None,
             voxel_to_mm=torch.from_numpy(affines),
-            slot_phase=torch.tensor([[PHASES.index(phase) for phase in phases]]),
-            patient=torch.tensor([self._places[patient]]),
-            exhale_to_inhale=torch.from_numpy(link.astype(np.float32))[None],
+            slot_phase=torch.tensor([[PHASES.index(phase) for phase in place.phases] for place in places]),
+            patient=torch.tensor([self._places[place.patient] for place in places]),
+            exhale_to_inhale=torch.from_numpy(links),
         )
+
+
+class _Place(NamedTuple):
+    """Where one sample is read: both slots' phases and the first (z, y, x) index of their blocks."""
+
+    patient: str
+    phases: tuple[Phase, Phase]
+    starts: tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def usable_patients(cache: PairCache, config: CropConfig, split: Split | None = None) -> list[str]:
     """Patients of a split (None: all) with a scan of the phases and with the labels that `config` asks for."""
     return [patient for patient in _of_split(cache, split) if _slots(cache, config, patient)]
+
+
+def _shares(patients: list[str], weights: Mapping[str, float]) -> Float[ndarray, " n"]:
+    missing = [patient for patient in patients if patient not in weights]
+    values = np.array([weights.get(patient, 0.0) for patient in patients], float)
+    if missing or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise ValueError(
+            f"weights: {len(missing)} of {len(patients)} patients have none, values run from {values.min():g} to "
+            f"{values.max():g}; give every patient a finite weight of 0 or more, and one of them more than 0"
+        )
+    return values / values.sum()
 
 
 def _triple(index: Int[ndarray, "3"]) -> tuple[int, int, int]:
@@ -207,10 +242,3 @@ def _slots(cache: PairCache, config: CropConfig, patient: str) -> tuple[Phase, P
         if labelled and config.phases in ("both", phase):
             usable.append(phase)
     return (usable[0], usable[-1]) if usable else None
-
-
-def collate(samples: list[CropBatch]) -> CropBatch:
-    """Samples stacked into one batch."""
-    first = samples[0]
-    names = [name for name in first.__dataclass_fields__ if getattr(first, name) is not None]
-    return CropBatch(**{name: torch.cat([getattr(sample, name) for sample in samples]) for name in names})

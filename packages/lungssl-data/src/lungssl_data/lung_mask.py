@@ -10,19 +10,24 @@ Consolidated, collapsed or flooded lung is as dense as muscle and is not found: 
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import no_type_check
 
 import cc3d
 import edt
 import fill_voids
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
+from numba import njit
 from numpy import ndarray
 from scipy import ndimage
 
 from lungssl_data.airways import trachea_and_main_bronchi
 from lungssl_data.volume import PADDING_BELOW_HU, Geometry, Volume
 
+LUNG_MASK_VERSION = 2
+"""Raised whenever the same volume would give another mask."""
 RIGHT, LEFT = 1, 2
 AIR_BELOW_HU = -400.0
 """Midway between aerated lung (-850) and muscle (+50): a blurred step has its edge at half its height, which is also
@@ -70,15 +75,34 @@ def lung_mask(volume: Volume) -> UInt8[ndarray, "z y x"]:
 
     Raises LungMaskError where nothing looks like a lung, or where a single lung shows no spine to tell its side by.
     """
-    axes, flips = _lps_axes(volume.geometry.direction)
-    hu = np.flip(volume.hu.transpose(axes), flips)
-    z, y, x = (volume.geometry.spacing_mm[2 - axis] for axis in axes)
-    spacing_mm = (x, y, z)
-    factors = tuple(max(1, round(WORKING_MM / mm)) for mm in reversed(spacing_mm))
-    scan = _average(hu, factors, spacing_mm)
+    hu, scan, factors, to_own_axes = _lps_scan(volume)
     lungs = _fill(_pick_sides(*_enclosed_air(scan), scan), scan)
     labels = lungs if max(factors) == 1 else _redraw(lungs, scan, hu, factors)
-    return np.ascontiguousarray(np.flip(labels, flips).transpose(np.argsort(axes)))
+    return to_own_axes(labels)
+
+
+def lung_sides(mask: Bool[ndarray, "z y x"], volume: Volume) -> UInt8[ndarray, "z y x"]:
+    """Right (1) and left (2) of a mask of both lungs on the volume's grid, told apart as in `lung_mask`.
+
+    Unlike there, the mask may hold airless lung: its parts come from the mask, only the spine from the scan. Small
+    parts get the side of the nearest large one. Raises LungMaskError for an empty mask and as `lung_mask` does.
+    """
+    if not mask.any():
+        raise LungMaskError("the lung mask is empty; give a mask of the lungs or leave it out to have one made")
+    _, scan, factors, to_own_axes = _lps_scan(volume)
+    axes, flips = _lps_axes(volume.geometry.direction)
+    turned = np.flip(mask.transpose(axes), flips).astype(np.uint8)
+    share = np.empty(scan.air.shape, np.float32)
+    _block_means(turned, *factors, PADDING_BELOW_HU, share, np.empty(share.shape, bool))
+    coarse = share >= 0.5
+    sides = _pick_sides(coarse if coarse.any() else share > 0, np.zeros(share.shape, bool), scan)
+    right_nearer = scan.distance_mm(sides == RIGHT) <= scan.distance_mm(sides == LEFT)
+    side = np.where(right_nearer, RIGHT, LEFT).astype(np.uint8)
+    labels = np.empty(turned.shape, np.uint8)
+    columns = np.ix_(*(np.arange(n) // f for n, f in zip(turned.shape[1:], factors[1:], strict=True)))
+    for z, voxels in enumerate(turned):
+        labels[z] = side[z // factors[0]][columns] * voxels
+    return to_own_axes(labels)
 
 
 def plausibility(
@@ -126,21 +150,25 @@ def _lps_axes(direction: Float[ndarray, "3 3"]) -> tuple[tuple[int, int, int], t
     return (z, y, x), tuple(2 - w for w, j in enumerate(index_axes) if direction[w, j] < 0)
 
 
-def _average(hu: Int[ndarray, "z y x"], factors: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> _Scan:
-    starts = [np.arange(0, n, f) for n, f in zip(hu.shape, factors, strict=True)]
-    mean = np.empty([len(s) for s in starts], np.float32)
+def _lps_scan(
+    volume: Volume,
+) -> tuple[Int[ndarray, "z y x"], "_Scan", tuple[int, int, int], Callable[[ndarray], ndarray]]:
+    """HU in the patient's order, the scan at working size, voxels per block, and the way back to the stored order."""
+    axes, flips = _lps_axes(volume.geometry.direction)
+    hu = np.flip(volume.hu.transpose(axes), flips)
+    z, y, x = (volume.geometry.spacing_mm[2 - axis] for axis in axes)
+    fz, fy, fx = (max(1, round(WORKING_MM / mm)) for mm in (z, y, x))
+
+    def to_own_axes(labels: ndarray) -> ndarray:
+        return np.ascontiguousarray(np.flip(labels, flips).transpose(np.argsort(axes)))
+
+    return hu, _average(hu, (fz, fy, fx), (x, y, z)), (fz, fy, fx), to_own_axes
+
+
+def _average(hu: Int[ndarray, "z y x"], factors: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> _Scan:
+    mean = np.empty([-(-n // f) for n, f in zip(hu.shape, factors, strict=True)], np.float32)
     measured = np.empty(mean.shape, bool)
-
-    def block_sum(slab: Shaped[ndarray, "f y x"]) -> Shaped[ndarray, "v u"]:
-        rows = np.add.reduceat(slab.sum(0, dtype=np.int32), starts[1], axis=0)
-        return np.add.reduceat(rows, starts[2], axis=1)
-
-    for i, z in enumerate(starts[0]):
-        slab = hu[z : z + factors[0]]
-        valid = slab >= PADDING_BELOW_HU
-        count = block_sum(valid)
-        measured[i] = count > 0
-        mean[i] = block_sum(np.where(valid, slab, 0)) / np.maximum(count, 1)
+    _block_means(hu, *factors, PADDING_BELOW_HU, mean, measured)
     air = measured & (mean < AIR_BELOW_HU)
     x, y, z = (mm * f for mm, f in zip(spacing_mm, reversed(factors), strict=True))
     return _Scan(hu=mean, air=air, tissue=measured & ~air, spacing_mm=(x, y, z))
@@ -284,27 +312,83 @@ def _fill(lungs: UInt8[ndarray, "z y x"], scan: _Scan) -> UInt8[ndarray, "z y x"
     filled = lungs.copy()
     margin = [int(np.ceil(CLOSE_MM / mm)) + 1 for mm in reversed(scan.spacing_mm)]
     for side in (RIGHT, LEFT):
+        lung = lungs == side
+        if not lung.any():
+            continue
+        box = _box(lung)
         # Padded, so that the closing sees beyond the border nothing, neither lung nor body.
-        lung = np.pad(lungs == side, [(m, m) for m in margin])
+        lung = np.pad(lung[box], [(m, m) for m in margin])
         closed = edt.edt(scan.near(lung, CLOSE_MM), anisotropy=scan.spacing_mm[::-1]) > CLOSE_MM
         closed = fill_voids.fill(closed | lung)[tuple(slice(m, -m) for m in margin)]
-        filled[closed & (lungs == 0)] = side
+        filled[box][closed & (lungs[box] == 0)] = side
     return filled
 
 
 def _redraw(
-    lungs: UInt8[ndarray, "z y x"], scan: _Scan, hu: Int[ndarray, "Z Y X"], factors: tuple[int, ...]
+    lungs: UInt8[ndarray, "z y x"], scan: _Scan, hu: Int[ndarray, "Z Y X"], factors: tuple[int, int, int]
 ) -> UInt8[ndarray, "Z Y X"]:
     """The mask on the scan's own voxels: within a coarse voxel of the edge, the scan's own HU decide."""
-    near_right, near_left = (ndimage.binary_dilation(lungs == side, np.ones((3, 3, 3))) for side in (RIGHT, LEFT))
+    near_right, near_left = (_dilated(lungs == side) for side in (RIGHT, LEFT))
     other_air = scan.air & (lungs == 0)
-    inner = ndimage.binary_erosion(lungs > 0, np.ones((3, 3, 3)), border_value=1)
-    surely = np.where(inner | ~scan.air, lungs, 0)  # what was filled in is not air and stays
-    maybe = np.where(lungs > 0, lungs, np.where(near_right, RIGHT, np.where(near_left, LEFT, 0)))
+    inner = ~_dilated(lungs == 0)
+    surely = np.where(inner | ~scan.air, lungs, 0).astype(np.uint8)  # what was filled in is not air and stays
+    maybe = np.where(lungs > 0, lungs, np.where(near_right, RIGHT, np.where(near_left, LEFT, 0))).astype(np.uint8)
     maybe[other_air] = 0
-    columns = [np.arange(n) // f for n, f in zip(hu.shape, factors, strict=True)]
     labels = np.empty(hu.shape, np.uint8)
-    for z, coarse_z in enumerate(columns[0]):
-        inside, edge = (image[coarse_z][np.ix_(columns[1], columns[2])] for image in (surely, maybe))
-        labels[z] = np.where(hu[z] < AIR_BELOW_HU, edge, inside)
+    _by_own_air(hu, *factors, surely, maybe, labels)
     return labels
+
+
+def _box(mask: Bool[ndarray, "z y x"]) -> tuple[slice, slice, slice]:
+    """The smallest box around a mask that is not empty."""
+    sides = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    z, y, x = (slice(int(at[0]), int(at[-1]) + 1) for at in sides)
+    return z, y, x
+
+
+def _dilated(mask: Bool[ndarray, "z y x"]) -> Bool[ndarray, "z y x"]:
+    """With all 26 neighbours; a cube is the sum of three lines."""
+    for axis in range(3):
+        line = np.moveaxis(mask, axis, 0)
+        wider = line.copy()
+        wider[1:] |= line[:-1]
+        wider[:-1] |= line[1:]
+        mask = np.moveaxis(wider, 0, axis)
+    return mask
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _block_means(
+    hu: ndarray, fz: int, fy: int, fx: int, padding_below_hu: int, mean: ndarray, measured: ndarray
+) -> None:
+    """Mean of the voxels that are not padding in blocks of fz * fy * fx (fewer at the far borders)."""
+    for z in range(mean.shape[0]):
+        for y in range(mean.shape[1]):
+            for x in range(mean.shape[2]):
+                total, count = 0, 0
+                for k in range(z * fz, min((z + 1) * fz, hu.shape[0])):
+                    for j in range(y * fy, min((y + 1) * fy, hu.shape[1])):
+                        for i in range(x * fx, min((x + 1) * fx, hu.shape[2])):
+                            value = hu[k, j, i]
+                            if value >= padding_below_hu:
+                                total += value
+                                count += 1
+                mean[z, y, x] = np.float32(total / max(count, 1))
+                measured[z, y, x] = count > 0
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _by_own_air(hu: ndarray, fz: int, fy: int, fx: int, surely: ndarray, maybe: ndarray, labels: ndarray) -> None:
+    """Labels of the block a voxel lies in: `maybe` where the voxel is air, else `surely`."""
+    for z in range(hu.shape[0]):
+        for y in range(hu.shape[1]):
+            inside, edge = surely[z // fz, y // fy], maybe[z // fz, y // fy]
+            for block in range(edge.shape[0]):
+                if inside[block] == edge[block]:
+                    for x in range(block * fx, min((block + 1) * fx, hu.shape[2])):
+                        labels[z, y, x] = inside[block]
+                else:
+                    for x in range(block * fx, min((block + 1) * fx, hu.shape[2])):
+                        labels[z, y, x] = edge[block] if hu[z, y, x] < AIR_BELOW_HU else inside[block]

@@ -4,11 +4,12 @@ Arrays are (z, y, x); points, spacings and affines (x, y, z) in LPS millimetres.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int16, UInt8
+from jaxtyping import Float, Float32, Float64, Int16, UInt8
 from numpy import ndarray
 
 from lungssl_data.volume import Geometry
@@ -19,6 +20,8 @@ AIR_HU = -1000
 
 Phase = Literal["exhale", "inhale"]
 Split = Literal["train", "val", "test"]
+LandmarkKind = Literal["expert", "automatic"]
+"""Points that people set, and points that a program found: never mixed (`domain.md` C)."""
 
 
 class CacheError(ValueError):
@@ -33,6 +36,8 @@ class PhaseScan:
     valid: UInt8[ndarray, "z y x"]
     lung: UInt8[ndarray, "z y x"]
     lobes: UInt8[ndarray, "z y x"] | None = None
+    lesion: UInt8[ndarray, "z y x"] | None = None
+    """Lesion types in the codes of `layouts.source.LESION_CODES`."""
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float]
     source_sha256: str = ""
@@ -57,6 +62,18 @@ class Displacement:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Landmarks:
+    """Corresponding points of a pair: row i of both arrays is the same tissue, (x, y, z) in LPS mm, unrounded."""
+
+    exhale_mm: Float64[ndarray, "n 3"]
+    inhale_mm: Float64[ndarray, "n 3"]
+
+    def identity_tre_mm(self) -> Float64[ndarray, " n"]:
+        """Distance of each point to its partner: the target registration error of doing nothing."""
+        return np.linalg.norm(self.inhale_mm - self.exhale_mm, axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PhasePair:
     """A patient's scans as they are on disk and in numpy."""
 
@@ -67,6 +84,10 @@ class PhasePair:
     """Coarse affine in LPS mm."""
     affine_provenance: str = ""
     displacement: Displacement | None = None
+    landmarks: Mapping[LandmarkKind, Landmarks] = field(default_factory=dict)
+    person: str = ""
+    """Who was scanned, where other patients of the cache may be the same one (a collection that holds another); all
+    of a person's patients are in one split. Empty: the patient."""
     split: Split = "train"
     key: str = ""
     """SHA-256 of the sources, the parameters and the format; equal key means nothing to rebuild."""

@@ -1,19 +1,25 @@
 """From a volume as the scanner wrote it to a scan as the cache holds it.
 
-Padding becomes air and is marked, the grid becomes axis-aligned with LPS at one spacing, the field of view is cut to
-the lungs and a margin (which also keeps the face out of the cache), and the two phases get a coarse affine.
+Padding becomes air and is marked, never mixed into its neighbours; the grid becomes axis-aligned with LPS at one
+spacing, the field of view is cut to the lungs and a margin (which also keeps the face out of the cache), and the two
+phases get a coarse affine.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from numpy import ndarray
 
-from lungssl_data.lung_mask import VOLUME_ML, LungMaskError, lung_mask, plausibility
+from lungssl_data.lung_mask import VOLUME_ML, LungMaskError, lung_mask, lung_sides, plausibility
 from lungssl_data.pair import AIR_HU, PhaseScan
+from lungssl_data.resample import resample_hu, resample_labels
 from lungssl_data.volume import Geometry, LabelMap, Volume
+
+PREPARE_VERSION = 3
+"""Raised whenever the same volume, masks and parameters would give another scan."""
+SIDE_UNKNOWN = 3
+"""Code of a given mask's voxels whose side, right or left, is to be found (`layouts.source.LUNG_CODES`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,8 @@ class PrepareConfig:
     """Isotropic voxel size; `registration.md` and `ssl.md` B.1 work at 1.5-2 mm."""
     margin_mm: float = 20.0
     """Kept around the lungs: chest wall and diaphragm, below the 30 mm above the apex at which a face can begin."""
+    smooth: bool = True
+    """Smooth along axes that get coarser (`resample.py`); without it their noise is aliased."""
 
 
 def prepare_scan(
@@ -32,12 +40,15 @@ def prepare_scan(
     config: PrepareConfig,
     lung: LabelMap | None = None,
     lobes: LabelMap | None = None,
+    lesion: LabelMap | None = None,
     source_sha256: str = "",
+    threads: int | None = None,
 ) -> PhaseScan:
     """Resample, mask and crop one phase.
 
-    `lung` (1 right, 2 left) replaces the training-free mask, `lobes` has the cache's codes. Both may lie on any grid.
-    Raises LungMaskError where no plausible lung is found, or the given mask has other codes or is absurdly large.
+    `lung` (1 right, 2 left, 3 where the side is to be found) replaces the training-free mask; `lobes` and `lesion` have
+    the cache's codes. Each may lie on any grid. Raises LungMaskError where no plausible lung is found, or the given
+    mask has other codes or is absurdly large. `threads` is for resampling, by default the processor's cores.
     """
     if lung is None:
         lung = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
@@ -46,17 +57,16 @@ def prepare_scan(
         problem = _given_mask_problem(lung)
     if problem:
         raise LungMaskError(problem)
-    inside = lung_box_mm(lung)
-    target = _target_grid(inside, volume.geometry, config)
-    valid = volume.valid()
-    hu = np.where(valid, np.maximum(volume.hu, AIR_HU), AIR_HU).astype(np.int16)
-    measured = resample_labels(LabelMap(labels=valid.astype(np.uint8), geometry=volume.geometry), target)
-    ct = resample_hu(Volume(hu=hu, geometry=volume.geometry), target)
+    if (lung.labels == SIDE_UNKNOWN).any():
+        lung = _with_sides(lung, volume)
+    target = _target_grid(lung_box_mm(lung), volume.geometry, config)
+    ct, measured = resample_hu(volume, target, smooth=config.smooth, threads=threads)
     return PhaseScan(
         ct_hu=np.where(measured, ct, np.int16(AIR_HU)),  # resampling clamps at the edge, however far outside
         valid=measured,
         lung=resample_labels(lung, target),
         lobes=resample_labels(lobes, target) if lobes is not None else None,
+        lesion=resample_labels(lesion, target) if lesion is not None else None,
         spacing_mm=target.spacing_mm,
         origin_mm=target.origin_mm,
         source_sha256=source_sha256,
@@ -65,14 +75,16 @@ def prepare_scan(
 
 def lung_box_mm(lung: LabelMap) -> Float[ndarray, "2 3"]:
     """Smallest LPS box (low and high corner) around all labelled voxel centres."""
-    index = np.argwhere(lung.labels > 0)[:, ::-1]
-    if not len(index):
+    inside = lung.labels > 0
+    z, y = np.nonzero(inside.any(2))
+    if not len(z):
         raise ValueError("the lung mask is empty; give a mask of the lungs or leave it out to have one made")
-    corners = np.stack(np.meshgrid(*zip(index.min(0), index.max(0), strict=True), indexing="ij"), -1).reshape(-1, 3)
+    # A box has its corners at the ends of rows: the first and last voxel of each, whatever the grid's direction.
+    rows = inside[z, y]
+    first, last = rows.argmax(1), inside.shape[2] - 1 - rows[:, ::-1].argmax(1)
+    index = np.concatenate([np.stack([x, y, z], 1) for x in (first, last)])
     affine = lung.geometry.index_to_mm()
-    if not np.allclose(np.abs(lung.geometry.direction).max(0), 1.0):  # oblique: the index box is wider than the lungs
-        corners = index
-    points = corners @ affine[:, :3].T + affine[:, 3]
+    points = index @ affine[:, :3].T + affine[:, 3]
     return np.stack([points.min(0), points.max(0)])
 
 
@@ -87,43 +99,33 @@ def coarse_affine(exhale: PhaseScan, inhale: PhaseScan) -> Float[ndarray, "3 4"]
         raise ValueError("exhale and inhale show no lung of the same side; check that both are scans of one patient")
     moments = []
     for scan in (exhale, inhale):
-        index = np.argwhere(np.isin(scan.lung, sides))[:, ::-1]
-        points = index * np.asarray(scan.spacing_mm) + np.asarray(scan.origin_mm)
-        moments.append((points.mean(0), points.std(0)))
+        inside = np.isin(scan.lung, sides)
+        centre, spread = [], []
+        for axis in (2, 1, 0):
+            counts = np.count_nonzero(inside, axis=tuple({0, 1, 2} - {axis}))
+            place = np.arange(len(counts)) * scan.spacing_mm[2 - axis] + scan.origin_mm[2 - axis]
+            centre.append(np.average(place, weights=counts))
+            spread.append(np.sqrt(np.average((place - centre[-1]) ** 2, weights=counts)))
+        moments.append((np.array(centre), np.array(spread)))
     (centre_ex, spread_ex), (centre_in, spread_in) = moments
     scale = spread_in / spread_ex
     return np.concatenate([np.diag(scale), (centre_in - scale * centre_ex)[:, None]], axis=1)
 
 
-def resample_hu(volume: Volume, target: Geometry) -> ndarray:
-    """int16 HU on another grid: linear, the border value outside, smoothed first along axes that get coarser.
-
-    The Gaussian turns a source box of FWHM s into one of FWHM t: sigma = sqrt(t^2 - s^2) / 2.355 (Cardoso et al. 2015,
-    "Scale factor point spread function matching", doi:10.1007/978-3-319-24571-3_81).
-    """
-    if volume.geometry.same_grid(target):
-        return volume.hu
-    image = sitk.Cast(_image(volume.hu, volume.geometry), sitk.sitkFloat32)
-    reach = np.sqrt(volume.geometry.direction.T**2 @ np.asarray(target.spacing_mm) ** 2)  # target step by source axis
-    for axis, (source_mm, target_mm) in enumerate(zip(volume.geometry.spacing_mm, reach, strict=True)):
-        if target_mm > source_mm * 1.05 and image.GetSize()[axis] >= 4:  # ITK's recursive filter needs four samples
-            sigma = float(np.sqrt(target_mm**2 - source_mm**2) / 2.355)
-            image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
-    result = _resample(image, target, sitk.sitkLinear)
-    return np.rint(result).astype(np.int16)
-
-
-def resample_labels(labels: LabelMap, target: Geometry) -> UInt8[ndarray, "z y x"]:
-    """Labels on another grid by nearest neighbour; background outside."""
-    if labels.geometry.same_grid(target):
-        return labels.labels
-    return _resample(_image(labels.labels, labels.geometry), target, sitk.sitkNearestNeighbor)
+def _with_sides(lung: LabelMap, volume: Volume) -> LabelMap:
+    """The mask on the volume's grid with sides for SIDE_UNKNOWN."""
+    labels = resample_labels(lung, volume.geometry)
+    unknown = labels == SIDE_UNKNOWN
+    return LabelMap(labels=np.where(unknown, lung_sides(labels > 0, volume), labels), geometry=volume.geometry)
 
 
 def _given_mask_problem(lung: LabelMap) -> str | None:
     codes = set(np.unique(lung.labels).tolist())
-    if not codes <= {0, 1, 2}:
-        return f"the given lung mask has codes {sorted(codes)[:8]}, expected 0, 1 (right) and 2 (left); recode it"
+    if not codes <= {0, 1, 2, SIDE_UNKNOWN}:
+        return (
+            f"the given lung mask has codes {sorted(codes)[:8]}, expected 0, 1 (right) and 2 (left), or "
+            f"{SIDE_UNKNOWN} where the side is to be found; recode it"
+        )
     # A given mask may be of a small or flooded lung, but a whole body is none.
     return plausibility(lung.labels, lung.geometry, volume_ml=(0.0, VOLUME_ML[1]))
 
@@ -142,23 +144,3 @@ def _target_grid(box_mm: Float[ndarray, "2 3"], source: Geometry, config: Prepar
         origin_mm=(x, y, z),
         direction=np.eye(3),
     )
-
-
-def _image(array: ndarray, geometry: Geometry) -> sitk.Image:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(geometry.spacing_mm)
-    image.SetOrigin(geometry.origin_mm)
-    image.SetDirection(geometry.direction.ravel().tolist())
-    return image
-
-
-def _resample(image: sitk.Image, target: Geometry, interpolator: int) -> ndarray:
-    filter_ = sitk.ResampleImageFilter()
-    filter_.SetSize(target.shape[::-1])
-    filter_.SetOutputSpacing(target.spacing_mm)
-    filter_.SetOutputOrigin(target.origin_mm)
-    filter_.SetOutputDirection(target.direction.ravel().tolist())
-    filter_.SetInterpolator(interpolator)
-    # Clamp CT at the edge: a grid that ends half a voxel past the last slice must not grow a slice of padding there.
-    filter_.SetUseNearestNeighborExtrapolator(interpolator == sitk.sitkLinear)
-    return sitk.GetArrayFromImage(filter_.Execute(image))

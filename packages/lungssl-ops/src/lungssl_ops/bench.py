@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = run(quick=options.quick, device=options.device, compiled=options.compile)
     print(markdown_table(result["rows"]))  # pyright: ignore[reportArgumentType]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
 
 
@@ -250,7 +250,9 @@ def _peak_mb(call: Callable[[], Tensor], device: str) -> float:
         with _silenced_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             call()
         profiler.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = [
+            e for e in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if e.get("name") == "[memory]"
+        ]
     held, peak = 0, 0
     for event in sorted(events, key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
@@ -288,7 +290,7 @@ def _wait(device: str) -> None:
 
 def _machine(device: str) -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = torch.cuda.get_device_name() if device.startswith("cuda") else (names or [platform.processor()])[0]
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -86,7 +86,7 @@ def save_model(
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, new / _WEIGHTS
         )
-        (new / _CARD).write_text(text)
+        (new / _CARD).write_text(text, encoding="utf-8")
         for path in (new / _WEIGHTS, new / _CARD, new):
             _fsync(path)
         if folder.exists():
@@ -106,7 +106,7 @@ def load_model(folder: Path) -> tuple[SegmentationModel, ModelCard]:
                 f"{folder} is not a model folder: {name} is missing; give the folder that `lungssl finetune` exported"
             )
     try:
-        card = json.loads((folder / _CARD).read_text())
+        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelFolderError(f"{folder / _CARD} is not JSON ({error}); copy the folder again") from error
     found = card.get("format") if isinstance(card, dict) else None

@@ -115,6 +115,9 @@ def _command(words: Sequence[str]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (`errors.py`): 0 ok, 2 usage, 3 data, 4 memory, 130 interrupted."""
+    # Threads of torch that spin while they wait made a step 2 to 4 times slower beside any other busy process
+    # (docs/log.md, 2026-11-23); read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

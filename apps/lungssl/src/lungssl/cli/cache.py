@@ -1,7 +1,7 @@
 """`lungssl cache build|info|verify`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,14 +22,25 @@ def build(
     compression: Annotated[
         Literal["lz4", "gzip"], typer.Option(help="gzip reads in MATLAB; lz4 is several times faster.")
     ] = "lz4",
+    jobs: Annotated[int, typer.Option(help="Patients at a time, each in a process of its own that may die.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: build only the i-th of n parts, as on n machines.")] = "1/1",
+    keyed_ids: Annotated[
+        bool, typer.Option("--keyed-ids", help="Replace patient ids by keyed hashes with this machine's secret.")
+    ] = False,
+    phase_check: Annotated[
+        Literal["fail", "warn"], typer.Option(help="What an inhale scan with less gas than its exhale scan does.")
+    ] = "fail",
+    memory_gib: Annotated[float, typer.Option(help="Memory that a patient may take; 0 for no limit.")] = 0.0,
+    time_limit_s: Annotated[float, typer.Option(help="Time that a patient may take; 0 for no limit.")] = 1800.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be read, write nothing.")] = False,
 ) -> None:
     """Read scans, find the lungs, resample, and write one verified file per patient.
 
-    Done patients are skipped, a bad one is reported in a line and the others go on. Patients are told apart by the ids
-    you give: use de-identified ones.
+    Done patients are skipped, a bad one is reported in a line (and in build.jsonl) and the others go on. The same
+    command goes on after an interruption, and may run on several machines at a time. Patients are told apart by the
+    ids you give: use de-identified ones, or --keyed-ids.
 
-    Example: lungssl cache build cohort.csv --out cohort-cache --spacing-mm 2
+    Example: lungssl cache build cohort.csv --out cohort-cache --spacing-mm 2 --jobs 4
     """
     import sys
     import time
@@ -41,28 +52,89 @@ def build(
 
     if not 0.3 <= spacing_mm <= 20 or margin_mm < 0:
         raise ConfigError(f"--spacing-mm {spacing_mm} --margin-mm {margin_mm}: spacing from 0.3 to 20, margin from 0")
+    if jobs < 1 or memory_gib < 0 or time_limit_s < 0:
+        raise ConfigError(
+            f"--jobs {jobs} --memory-gib {memory_gib:g} --time-limit-s {time_limit_s:g}: jobs from 1, the others from 0"
+        )
+    part = _shard(shard)
     sources = read_layout(layout, source)
+    if keyed_ids:
+        sources = _with_keyed_ids(sources)
+    from lungssl_data.building.plan import shard_of
+
+    mine = shard_of(sources, part)
     if dry_run:
-        for item in sources:
-            print(f"{item.patient}: {', '.join(f'{phase} {scan.image}' for phase, scan in item.scans.items())}")
+        for item in mine:
+            print(_outline(item))
+        print(f"{len(mine)} of {len(sources)} patients would be built into {out}, nothing was written")
         return
     from lungssl_data.build import build_cache
     from lungssl_data.prepare import PrepareConfig
 
-    config = PrepareConfig(spacing_mm=spacing_mm, margin_mm=margin_mm)
-    started, failed = time.perf_counter(), []
-    for place, built in enumerate(build_cache(sources, out, config=config, compression=compression), start=1):
-        left = (time.perf_counter() - started) / place * (len(sources) - place)
-        eta = f"  [{duration(left)} left]" if place < len(sources) else ""
-        print(f"{place}/{len(sources)} {built.patient}: {built.outcome}: {built.message}{eta}", file=sys.stderr)
+    started, failed, warned = time.perf_counter(), [], 0
+    outcomes = build_cache(
+        sources,
+        out,
+        config=PrepareConfig(spacing_mm=spacing_mm, margin_mm=margin_mm),
+        compression=compression,
+        jobs=jobs,
+        shard=part,
+        phase_check=phase_check,
+        time_limit_s=time_limit_s or None,
+        memory_limit_gib=memory_gib or None,
+    )
+    for place, built in enumerate(outcomes, start=1):
+        left = (time.perf_counter() - started) / place * (len(mine) - place)
+        eta = f"  [{duration(left)} left]" if place < len(mine) else ""
+        print(f"{place}/{len(mine)} {built.patient}: {built.outcome}: {built.message}{eta}", file=sys.stderr)
+        for warning in built.warnings:
+            print(f"  {built.patient}: WARNING: {warning}", file=sys.stderr)
+        warned += bool(built.warnings)
         if built.outcome == "failed":
             failed.append(built.patient)
     if failed:
         raise DataError(
-            f"{len(failed)} of {len(sources)} patients failed, first {', '.join(failed[:5])}; "
+            f"{len(failed)} of {len(mine)} patients failed, first {', '.join(failed[:5])}; "
             f"the others are in {out}. Mend what the lines above name and run the same command again"
         )
-    print(f"{len(sources)} patients in {out}; check with `lungssl cache verify {out}`")
+    look = f"; look at the {warned} with warnings" if warned else ""
+    print(f"{len(mine)} patients in {out}{look}; check with `lungssl cache verify {out}`")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    from lungssl.errors import ConfigError
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ConfigError(f"--shard {text}: expected i/n with i from 1 to n, e.g. 2/4")
+    return int(index), int(count)
+
+
+def _with_keyed_ids(sources: list[Any]) -> list[Any]:
+    """The sources with keyed patient and person ids; equal ids stay equal."""
+    from dataclasses import replace
+
+    from lungssl_data.ids import keyed_id, load_key
+
+    key = load_key()
+    return [
+        replace(s, patient=keyed_id(s.patient, key), person=keyed_id(s.person, key) if s.person else "")
+        for s in sources
+    ]
+
+
+def _outline(source: Any) -> str:
+    """One patient as `--dry-run` shows it: what would be read, and how its phases were told."""
+    parts = []
+    for phase, scan in source.scans.items():
+        masks = [role for role in ("lung", "lobes", "lesion") if getattr(scan, role) is not None]
+        evidence = f" by {scan.evidence}" if scan.evidence else ""
+        parts.append(f"{phase}{evidence}: {scan.image}" + (f" with {', '.join(masks)}" if masks else ""))
+    parts += [f"{len(points.exhale_mm)} {kind} landmarks" for kind, points in source.landmarks.items()]
+    parts += ["a displacement"] if source.displacement else []
+    parts += [f"split {source.split}"] if source.split else []
+    parts += [] if source.dual_phase else ["not dual-phase"]
+    return f"{source.patient}{f' ({source.dataset})' if source.dataset else ''}: {'; '.join(parts)}"
 
 
 @app.command()

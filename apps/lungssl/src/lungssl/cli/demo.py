@@ -28,7 +28,7 @@ def demo(
             raise ConfigError(f"--out {out} holds a demo already; replace it with --overwrite or name another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text("Made by `lungssl demo`; safe to delete.\n")
+    marker.write_text("Made by `lungssl demo`; safe to delete.\n", encoding="utf-8")
 
     from lungssl.demo import run_demo
 

@@ -55,11 +55,11 @@ def write_demo_report(results: DemoResults, path: Path) -> Path:
     shown = next(iter(pairs.values()))
     colours = feature_colours(results.runs["pretrain"] / "export" / "encoder.safetensors", shown)
     phases = {phase: (shown.scan(phase), colours.rgb[phase]) for phase in shown.phases()}
-    labelled = json.loads((results.runs["scratch"] / "summary.json").read_text())["labelled_patients"]
+    labelled = json.loads((results.runs["scratch"] / "summary.json").read_text(encoding="utf-8"))["labelled_patients"]
     method = results.pretraining.method
     assert method is not None
     page = Environment(autoescape=True).from_string(
-        (files("lungssl") / "reports" / "templates" / "demo.html").read_text()
+        (files("lungssl") / "reports" / "templates" / "demo.html").read_text(encoding="utf-8")
     )
     text = page.render(
         sentence=sentence(results.scores, len(labelled)),
@@ -95,10 +95,10 @@ def write_demo_report(results: DemoResults, path: Path) -> Path:
         },
         timings=[*results.timings, ("all", sum(seconds for _, seconds in results.timings))],
         machine=_machine(),
-        recipes=[(name, (run / "config.yaml").read_text()) for name, run in results.runs.items()],
+        recipes=[(name, (run / "config.yaml").read_text(encoding="utf-8")) for name, run in results.runs.items()],
         command=f"lungssl demo --out {shlex.quote(str(results.folder))}",
     )
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch
     state: dict[str, Any] = {"format": FORMAT_VERSION, "step": step}
     state["parameters"] = sum(len(group["params"]) for group in optimizer.param_groups)
     state["sha256"] = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
-    (temporary / "state.json").write_text(json.dumps(state))
+    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for file in temporary.iterdir():
         _fsync(file)
     _fsync(temporary)
@@ -63,7 +63,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if nothing is."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT_VERSION:
             return f"format {state['format']}, this lungssl reads {FORMAT_VERSION}"
         for name, expected in state["sha256"].items():
@@ -95,7 +95,7 @@ def load_checkpoint(checkpoint: Path, module: nn.Module, optimizer: torch.optim.
 
     Raises ConfigError where the checkpoint is of another model.
     """
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     try:
         module.load_state_dict(load_file(checkpoint / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:

@@ -21,9 +21,9 @@ class MetricsLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= after_step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= after_step]
             write_atomic(path, "".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a")
+        self._file = open(path, "a", encoding="utf-8")
         self._board = SummaryWriter(str(tensorboard), purge_step=after_step + 1)
 
     def write(self, step: int, values: Mapping[str, float], timing: Mapping[str, float] | None = None) -> None:
@@ -50,7 +50,7 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without one that a killed run left unfinished."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < _UNFINISHED]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < _UNFINISHED]
 
 
 _UNFINISHED = 2**62

@@ -92,7 +92,7 @@ class RunFolder:
 
     def note(self, text: str) -> None:
         """Keep a line in train.log only."""
-        with open(self.path / "train.log", "a") as log:
+        with open(self.path / "train.log", "a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
                 item.unlink(missing_ok=True)
 
     def _check_unchanged(self, config: Mapping[str, Any], data_fingerprint: str) -> None:
-        before = dict(_flat(yaml.safe_load((self.path / "config.yaml").read_text())))
+        before = dict(_flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))))
         now = dict(_flat(config))
         for key in [*before, *(key for key in now if key not in before)]:
             if before.get(key) != now.get(key) and key not in RESUME_MAY_CHANGE:
@@ -117,7 +117,7 @@ class RunFolder:
                     f"with {self.path / 'config.yaml'} as the recipe, or start anew with --overwrite"
                 )
         env = self.path / "env.json"
-        known = json.loads(env.read_text()).get("data", "") if env.is_file() else ""
+        known = json.loads(env.read_text(encoding="utf-8")).get("data", "") if env.is_file() else ""
         if known and data_fingerprint and known != data_fingerprint:
             raise ConfigError(
                 f"--data: the run in {self.path} was made from a cache with fingerprint {known}, this one has "
@@ -146,7 +146,7 @@ def cores() -> int:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

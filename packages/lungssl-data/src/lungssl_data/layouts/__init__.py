@@ -1,4 +1,5 @@
-"""How cohorts lie on disk. A layout is one file with `read(root: Path) -> list[PairSource]`, and one line here."""
+"""How cohorts lie on disk. A layout is one file with `read(root) -> list[PairSource]` and `recognises(root) -> bool`,
+which looks at names only, and one line here."""
 
 from importlib import import_module
 from pathlib import Path
@@ -10,14 +11,51 @@ if TYPE_CHECKING:
 LAYOUTS = {
     "folder": "lungssl_data.layouts.folder:read",
     "manifest": "lungssl_data.layouts.manifest:read",
+    "bids": "lungssl_data.layouts.bids:read",
+    "dicom": "lungssl_data.layouts.dicom:read",
+    "dirlab-4dct": "lungssl_data.layouts.dirlab_4dct:read",
+    "dirlab-copd": "lungssl_data.layouts.dirlab_copd:read",
+    "popi": "lungssl_data.layouts.popi:read",
+    "learn2reg": "lungssl_data.layouts.learn2reg:read",
+    "lung250m": "lungssl_data.layouts.lung250m:read",
+    "empire10": "lungssl_data.layouts.empire10:read",
+    "tcia-ventilation": "lungssl_data.layouts.tcia_ventilation:read",
+    "tcia-4dlung": "lungssl_data.layouts.tcia_4dlung:read",
+    "nsclc-radiomics": "lungssl_data.layouts.nsclc_radiomics:read",
+    "luna16": "lungssl_data.layouts.luna16:read",
+    "mosmed": "lungssl_data.layouts.mosmed:read",
+    "covid-19-20": "lungssl_data.layouts.covid_19_20:read",
 }
+FIRST = ("manifest",)
+"""Asked by `auto` before all others: somebody wrote it for this cohort."""
+GENERIC = (("folder", "bids"), ("dicom",))
+"""Asked only where no collection recognises the place, the second group only after the first."""
 
 
 def read_layout(name: str, root: Path) -> "list[PairSource]":
-    """The patients under `root`, read as layout `name`; `auto` takes a .csv as `manifest`, a folder as `folder`."""
+    """The patients under `root`, read as layout `name`; `auto` asks every layout whether it recognises the names."""
     if name == "auto":
-        name = "manifest" if root.suffix == ".csv" else "folder"
+        name = recognised(root)
     if name not in LAYOUTS:
         raise ValueError(f"layout {name!r} is unknown; known are auto, {', '.join(LAYOUTS)}")
     module, function = LAYOUTS[name].split(":")
     return getattr(import_module(module), function)(root)
+
+
+def recognised(root: Path) -> str:
+    """The one layout whose names are found under `root`; CacheError, with those that come into question, else."""
+    from lungssl_data.pair import CacheError
+
+    if not root.exists():
+        raise CacheError(f"{root}: no such file or folder; expected a cohort's folder or a manifest.csv")
+    named = {*FIRST, *(name for names in GENERIC for name in names)}
+    for names in (FIRST, [name for name in LAYOUTS if name not in named], *GENERIC):
+        fitting = [name for name in names if import_module(LAYOUTS[name].split(":")[0]).recognises(root)]
+        if len(fitting) > 1:
+            raise CacheError(f"{root}: may be any of {', '.join(fitting)}; name one with --layout")
+        if fitting:
+            return fitting[0]
+    raise CacheError(
+        f"{root}: no layout recognises it; expected one of {', '.join(LAYOUTS)}; name one with --layout, or write a "
+        f"manifest.csv"
+    )

@@ -1,15 +1,26 @@
-"""One folder per patient: `root/<patient>/exhale.nii.gz`, `inhale.nii.gz`, masks `exhale_lung...`, `exhale_lobes...`.
+"""One folder per patient: `root/<patient>/exhale.nii.gz`, `inhale.nii.gz` and masks `exhale_{lung,lobes,lesion}...`.
 
-Any volume format; a phase may also be a folder of DICOM slices. `exhale_to_inhale.nrrd` is a known displacement.
-Names follow PHASE_ALIASES without regard to case. `lungssl phantom` writes this layout.
+Any volume format; a phase may also be a folder of DICOM slices. `exhale_to_inhale.nrrd` is a known displacement,
+`landmarks.csv` (experts', or exact) and `keypoints.csv` (a program's) have the columns `exhale_x_mm`, ...,
+`inhale_z_mm` in LPS mm. Names follow PHASE_ALIASES without regard to case. `lungssl phantom` writes this layout.
 """
 
 from pathlib import Path
 
+from lungssl_data.layouts.files import dataset_name, read_landmarks
 from lungssl_data.layouts.source import PHASE_ALIASES, PairSource, ScanSource
-from lungssl_data.pair import CacheError, Phase
+from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+POINTS: dict[LandmarkKind, str] = {"expert": "landmarks.csv", "automatic": "keypoints.csv"}
+
+
+def recognises(root: Path) -> bool:
+    """Whether a sub-folder has a volume or a folder by the name of a phase."""
+    if not root.is_dir():
+        return False
+    folders = [folder for folder in root.iterdir() if folder.is_dir()]
+    return any(_stem(path) in PHASE_ALIASES for folder in folders for path in folder.iterdir())
 
 
 def read(root: Path) -> list[PairSource]:
@@ -38,11 +49,24 @@ def _patient(folder: Path) -> PairSource | None:
             if phase in scans:
                 raise CacheError(f"patient {folder.name}: two {phase} volumes; keep one of them")
             scans[phase] = ScanSource(
-                image=files[alias], lung=files.get(f"{alias}_lung"), lobes=files.get(f"{alias}_lobes")
+                image=files[alias],
+                lung=files.get(f"{alias}_lung"),
+                lobes=files.get(f"{alias}_lobes"),
+                lesion=files.get(f"{alias}_lesion"),
+                evidence="file name",
             )
     if not scans:
         return None
-    return PairSource(patient=folder.name, scans=scans, displacement=files.get("exhale_to_inhale"))
+    landmarks: dict[LandmarkKind, Landmarks] = {}
+    if len(scans) == 2:
+        landmarks = {kind: read_landmarks(folder / name) for kind, name in POINTS.items() if (folder / name).is_file()}
+    return PairSource(
+        patient=folder.name,
+        scans=scans,
+        displacement=files.get("exhale_to_inhale"),
+        landmarks=landmarks,
+        dataset=dataset_name(folder.parent, ""),
+    )
 
 
 def _stem(path: Path) -> str:

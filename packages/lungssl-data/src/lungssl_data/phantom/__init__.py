@@ -3,12 +3,14 @@
 `PhantomConfig` costs nothing to import; the rest brings numba, when first asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lungssl_data.phantom.config import PhantomConfig
 
 if TYPE_CHECKING:
-    from lungssl_data.phantom.pair import Phantom, PhantomPhase, make_phantom, write_phantom
+    from lungssl_data.phantom.folder import write_phantom
+    from lungssl_data.phantom.pair import Phantom, PhantomPhase, make_phantom
 
 __all__ = ["Phantom", "PhantomConfig", "PhantomPhase", "make_phantom", "write_phantom"]
 
@@ -16,6 +18,5 @@ __all__ = ["Phantom", "PhantomConfig", "PhantomPhase", "make_phantom", "write_ph
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lungssl_data.phantom import pair
-
-    return getattr(pair, name)
+    module = "folder" if name == "write_phantom" else "pair"
+    return getattr(import_module(f"lungssl_data.phantom.{module}"), name)

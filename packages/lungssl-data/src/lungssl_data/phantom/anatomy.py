@@ -24,6 +24,14 @@ from lungssl_data.phantom.motion import (
 
 AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, LIVER_HU = -1000.0, -100.0, 50.0, 42.0, 60.0
 CORTEX_HU, MARROW_HU, CARTILAGE_HU, DISC_HU = 800.0, 220.0, 110.0, 85.0
+CARINA_DEPTH = 0.2
+"""Y of the trachea and its bifurcation."""
+RIGHT_BRONCHUS_MM, LEFT_BRONCHUS_MM = (-50.0, 6.0, -38.0), (62.0, 8.0, -36.0)
+"""From the carina to beyond the lungs' medial surfaces."""
+RIGHT_BRONCHUS_RADIUS, LEFT_BRONCHUS_RADIUS = 0.78, 0.68
+"""Against the trachea's."""
+ARTERY_START_MM, RIGHT_ARTERY_MM, LEFT_ARTERY_MM = (4.0, 0.0, -16.0), (-40.0, 8.0, -24.0), (50.0, 14.0, -18.0)
+"""Bifurcation of the pulmonary trunk and ends of its branches, from the cavity's axis at the carina's level."""
 
 
 class Anatomy(NamedTuple):
@@ -147,17 +155,20 @@ def _spine_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float
 @no_type_check
 def _airway(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y: float, z: float) -> float:
     """Millimetres outside the lumen of the trachea and the main bronchi; negative inside."""
-    low, top = diaphragm(chest, exhale, 0.0, 0.2), lung_top(chest, 0.0, 0.2)
+    low, top = diaphragm(chest, exhale, 0.0, CARINA_DEPTH), lung_top(chest, 0.0, CARINA_DEPTH)
     z_carina = low + anatomy.carina * (top - low)
     _, b, _, y_c = axes(chest, exhale, max(z, z_carina))
-    y_trachea = y_c + 0.2 * b
+    y_trachea = y_c + CARINA_DEPTH * b
     r = anatomy.trachea_mm
     if z >= z_carina:
         tube = math.sqrt(x * x + (y - y_trachea) ** 2) - r
     else:
         tube = _segment_distance(x, y, z, 0.0, y_trachea, z_carina, 0.0, y_trachea, z_carina + 1.0) - r
-    right = _segment_distance(x, y, z, 0.0, y_trachea, z_carina, -50.0, y_trachea + 6.0, z_carina - 38.0) - 0.78 * r
-    left = _segment_distance(x, y, z, 0.0, y_trachea, z_carina, 62.0, y_trachea + 8.0, z_carina - 36.0) - 0.68 * r
+    xe, ye, ze = RIGHT_BRONCHUS_MM
+    right = _segment_distance(x, y, z, 0.0, y_trachea, z_carina, xe, y_trachea + ye, z_carina + ze)
+    xe, ye, ze = LEFT_BRONCHUS_MM
+    left = _segment_distance(x, y, z, 0.0, y_trachea, z_carina, xe, y_trachea + ye, z_carina + ze)
+    right, left = right - RIGHT_BRONCHUS_RADIUS * r, left - LEFT_BRONCHUS_RADIUS * r
     return min(tube, right, left)
 
 
@@ -178,7 +189,7 @@ def _mediastinum_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y:
     heart += ((z - z_heart) / 62.0) ** 2
     if heart < 1.0:
         return BLOOD_HU
-    low, top = diaphragm(chest, exhale, 0.0, 0.2), lung_top(chest, 0.0, 0.2)
+    low, top = diaphragm(chest, exhale, 0.0, CARINA_DEPTH), lung_top(chest, 0.0, CARINA_DEPTH)
     z_carina = low + anatomy.carina * (top - low)
     z_arch = z_carina + 26.0
     front, back = y_c - 0.2 * b, y_c + 0.5 * b
@@ -193,10 +204,12 @@ def _mediastinum_hu(chest: Chest, anatomy: Anatomy, exhale: Breath, x: float, y:
     if z > z_heart:
         vessel = min(vessel, math.sqrt((x + 27.0) ** 2 + (y - y_c + 0.1 * b) ** 2) - 8.5)
     # Pulmonary trunk and its two branches.
-    z_trunk = z_carina - 16.0
-    trunk = _segment_distance(x, y, z, 24.0, front - 4.0, z_trunk + 2.0, 4.0, y_c, z_trunk) - 12.0
-    right = _segment_distance(x, y, z, 4.0, y_c, z_trunk, -40.0, y_c + 8.0, z_trunk - 8.0) - 9.0
-    left = _segment_distance(x, y, z, 4.0, y_c, z_trunk, 50.0, y_c + 14.0, z_trunk - 2.0) - 9.0
+    xs, ys, zs = ARTERY_START_MM
+    trunk = _segment_distance(x, y, z, 24.0, front - 4.0, z_carina + zs + 2.0, xs, y_c + ys, z_carina + zs) - 12.0
+    xe, ye, ze = RIGHT_ARTERY_MM
+    right = _segment_distance(x, y, z, xs, y_c + ys, z_carina + zs, xe, y_c + ye, z_carina + ze) - 9.0
+    xe, ye, ze = LEFT_ARTERY_MM
+    left = _segment_distance(x, y, z, xs, y_c + ys, z_carina + zs, xe, y_c + ye, z_carina + ze) - 9.0
     vessel = min(vessel, trunk, right, left)
     oesophagus = math.sqrt((x - 4.0) ** 2 + (y - y_c - 0.46 * b) ** 2) - 7.0
     return BLOOD_HU if min(vessel, oesophagus) < 0.0 else FAT_HU

@@ -11,7 +11,8 @@ mediastinum and 1 + s with s in [0, 1] from the medial to the costal surface of 
     det = (L_p - M_p) (b + d_p (1 - Y_p)) (A - D_p) (1 + kappa (1 - 2 v)) Y_p'
 
 with kappa = s (1 - Y^2) (k0 + k1 Y). The matrix row-reduces to triangular, so the determinant is exact, and each line
-inverts in closed form (the table by bisection). M_I = M_E (b h)_E / (b h)_I at one material point keeps the
+inverts in closed form (the table by bisection). In the second family of motion, g is the identity, kappa is 0, and a
+B-spline of material space (`ffd.py`) takes their place. M_I = M_E (b h)_E / (b h)_I at one material point keeps the
 mediastinum's volume; behind, beside the spine, M_I = M_E. At exhale g is the identity, kappa 0, d 0.
 
 Around it: the wall keeps (x / a_p, Y) and slides over the lung with its own z (rib lift); abdomen and neck keep (q, Y)
@@ -28,7 +29,9 @@ from jaxtyping import Float64
 from numba import njit
 from numpy import ndarray
 
-OUTSIDE, RIGHT_LUNG, LEFT_LUNG, MEDIASTINUM, ABDOMEN, NECK, WALL, SPINE = range(8)
+from lungssl_data.phantom.ffd import NO_WARP, unwarped, warped
+
+OUTSIDE, RIGHT_LUNG, LEFT_LUNG, MEDIASTINUM, ABDOMEN, NECK, WALL, SPINE, EFFUSION = range(9)
 
 FLOOR_MM = -500.0
 """Where abdominal tissue stops moving: far enough that a 50 mm descent squeezes it by no more than 10 %."""
@@ -79,6 +82,8 @@ class Breath(NamedTuple):
     transport: ndarray
     """Y of this phase at equally spaced exhale Y from -1 to 1."""
     transport_slope: ndarray
+    warp: ndarray = NO_WARP
+    """Coefficients of `ffd.draw_warp`; of size 0 for none."""
 
 
 @njit(nogil=True)
@@ -256,6 +261,11 @@ def locate(
             v = 2.0 * zeta / (1.0 + kappa + math.sqrt((1.0 + kappa) ** 2 - 4.0 * kappa * zeta))
             det = (half_chord - medial) * (b + d * (1.0 - depth)) * (top - low)
             det *= (1.0 + kappa * (1.0 - 2.0 * v)) * _transport_slope(breath, s, material)
+            if breath.warp.shape[0] > 0:
+                side = 1 if x > 0 else 0
+                s, material, v = unwarped(breath.warp, side, s, material, v)
+                q = math.copysign(1.0 + s, x)
+                det *= warped(breath.warp, side, s, material, v)[3]
             return (LEFT_LUNG if x > 0 else RIGHT_LUNG), q, material, v, det
     spine = depth > SPINE_FRONT and abs(x) < SPINE_HALF_WIDTH_MM * a / axes(chest, exhale, z)[0]
     if inside and not spine:
@@ -285,6 +295,10 @@ def place(
         return q * a, _depth_to_y(b, d, y_c, material), z, 0.0
     lung = region <= LEFT_LUNG
     s = max(abs(q) - 1.0, 0.0)
+    spread = 1.0
+    if lung and s > 0.0 and breath.warp.shape[0] > 0:
+        s, material, v, spread = warped(breath.warp, 1 if q > 0 else 0, s, material, v)
+        q = math.copysign(1.0 + s, q)
     depth = _transport(breath, s, material) if lung else material
     low, top = diaphragm(chest, breath, q, depth), lung_top(chest, q, depth)
     kappa = _across(s, material) * (breath.kappa + breath.kappa_posterior * material) if lung else 0.0
@@ -301,7 +315,7 @@ def place(
     det = 0.0
     if lung:
         det = (half_chord - medial) * (b + d * (1.0 - depth)) * (top - low)
-        det *= (1.0 + kappa * (1.0 - 2.0 * v)) * _transport_slope(breath, s, material)
+        det *= (1.0 + kappa * (1.0 - 2.0 * v)) * _transport_slope(breath, s, material) * spread
     return x, _depth_to_y(b, d, y_c, depth), z, det
 
 

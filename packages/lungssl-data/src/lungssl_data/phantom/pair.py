@@ -3,10 +3,8 @@
 Phantom results show correctness and mechanism, never clinical performance.
 """
 
-import csv
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
@@ -14,24 +12,21 @@ from numpy import ndarray
 from numpy.random import Generator, SeedSequence, default_rng
 
 from lungssl_data.phantom.config import PhantomConfig
-from lungssl_data.phantom.motion import Breath
+from lungssl_data.phantom.landmarks import FORK, draw_landmarks
+from lungssl_data.phantom.motion import EFFUSION, LEFT_LUNG, Breath
+from lungssl_data.phantom.parenchyma import to_phase
+from lungssl_data.phantom.physics import scan
 from lungssl_data.phantom.presets import PRESETS
-from lungssl_data.phantom.render import Rendering, render, to_phase
-from lungssl_data.phantom.subject import Subject, draw_subject
-from lungssl_data.phantom.texture import blur, scanner_noise, texture
-from lungssl_data.volume import Geometry, LabelMap, Volume
+from lungssl_data.phantom.rasterise import LEAST_VOX, draw_trees
+from lungssl_data.phantom.render import Rendering, Textures, render
+from lungssl_data.phantom.subject import Subject, draw_pathology, draw_subject, with_pathology
+from lungssl_data.phantom.texture import texture
+from lungssl_data.phantom.trees import ARTERY, VEIN, Tree, carry_trees, grow_trees
+from lungssl_data.phantom.truth import Truth, recruitment
+from lungssl_data.volume import Geometry, Volume
 
-LANDMARKS = 300
-LANDMARK_DEPTH_MM = 5.0
-"""Least distance of a landmark to its lung's surface, in both phases (`domain.md` D6)."""
-LANDMARK_GAP_MM = 8.0
 TEXTURE_MM = (2.0, 6.0)
 """Correlation length of the parenchyma (D2)."""
-PSF_FWHM_MM = (0.8, 1.0)
-"""Point spread of a soft kernel (D5)."""
-NOISE_HU = (8.0, 25.0)
-"""Standard deviation (D5)."""
-NOISE_BLUR_VOX = (0.35, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,18 +34,27 @@ class PhantomPhase:
     """One scan and its labels, all on one axis-aligned grid."""
 
     ct: Volume
-    """With the scanner's blur and noise."""
+    """With the scanner's blur, noise and artefacts."""
     clean_hu: Float32[ndarray, "z y x"]
-    """Hounsfield units at the voxels' centres, free of noise and blur: gas and mass balance on these."""
+    """Hounsfield units before the scanner: parenchyma at the voxels' centres, trees as partial volume."""
+    parenchyma_hu: Float32[ndarray, "z y x"]
+    """The same without trees: gas, mass and recruitment balance on these. `clean_hu` itself without trees."""
     lung: UInt8[ndarray, "z y x"]
-    """0 outside, 1 right, 2 left."""
+    """0 outside, 1 right, 2 left. Vessels and airways from the lobar bronchi on belong to the lung; trachea, main
+    bronchi and pleural fluid do not."""
     lobes: UInt8[ndarray, "z y x"]
     """0 outside, 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL."""
     body: UInt8[ndarray, "z y x"]
     """1 inside the skin, lungs and airways included."""
     region: UInt8[ndarray, "z y x"]
-    """0 air, 1 right lung, 2 left lung, 3 mediastinum, 4 abdomen, 5 neck, 6 chest wall, 7 spine. Displacements jump
-    where regions slide along each other, and are smooth inside them but for a crease below and above the hila."""
+    """0 air, 1 right lung, 2 left lung, 3 mediastinum, 4 abdomen, 5 neck, 6 chest wall, 7 spine, 8 pleural fluid.
+    Displacements jump where regions slide along each other, and are smooth inside them but for a crease below and above
+    the hila."""
+    tree: UInt8[ndarray, "z y x"]
+    """0 none, 1 airway lumen, trachea and main bronchi included, 2 artery, 3 vein; arteries and veins of the lungs and
+    hila only, wherever they fill half a voxel."""
+    lesion: UInt8[ndarray, "z y x"]
+    """0 none, 1 ground glass, 2 consolidation, 4 dependent collapse (non-aerated in this phase), 5 emphysema."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,88 +69,98 @@ class Phantom:
     """On the inhale grid, the inverse."""
     jacobian: Float32[ndarray, "ze ye xe"]
     """Local expansion from exhale to inhale, det(d inhale / d exhale), in closed form; 0 outside the lungs."""
+    truth: Truth
+    """Recruitment and hyperinflation on the exhale grid, and their figures."""
     landmarks_exhale_mm: Float64[ndarray, "n 3"]
-    """300 random lung points, 5 mm and more from the lung's surface in both phases, 8 mm and more from one another."""
+    """300 lung points, 5 mm and more from the lung's surface in both phases, 8 mm and more from one another."""
     landmarks_inhale_mm: Float64[ndarray, "n 3"]
     """The same tissue at inhale, exact."""
+    landmark_kind: UInt8[ndarray, " n"]
+    """1 a tree's bifurcation, 0 a random point of the texture, where bifurcations were too few."""
     subject: Subject
     """The closed-form motion behind the images."""
-    parameters: dict[str, object]
+    trees: tuple[Tree, ...]
+    """Veins, arteries and airways in material space; () without trees."""
+    parameters: dict[str, Any]
     """The config and every drawn number, ready for JSON."""
 
     def to_inhale(self, points_mm: Float64[ndarray, "n 3"]) -> Float64[ndarray, "n 3"]:
         """Exhale lung points to inhale, exact to rounding; NaN for points outside the lungs."""
-        return to_phase(self.subject.chest, self.subject.exhale, self.subject.exhale, self.subject.inhale, points_mm)
+        s = self.subject
+        return to_phase(s.chest, s.lung, s.exhale, s.exhale, s.inhale, points_mm)
 
     def to_exhale(self, points_mm: Float64[ndarray, "n 3"]) -> Float64[ndarray, "n 3"]:
         """Inhale lung points to exhale, exact to rounding; NaN for points outside the lungs."""
-        return to_phase(self.subject.chest, self.subject.exhale, self.subject.inhale, self.subject.exhale, points_mm)
+        s = self.subject
+        return to_phase(s.chest, s.lung, s.exhale, s.inhale, s.exhale, points_mm)
 
 
 def make_phantom(config: PhantomConfig) -> Phantom:
     """Draw, render and map one patient.
 
-    Some 4 CPU seconds at 2 mm, most of them spread over all cores; a machine's first call compiles for 15 s more.
+    Some 6 CPU seconds at 2 mm, most of them spread over all cores; a machine's first call compiles for 20 s more.
     """
     # One stream per purpose: a change of one (say, the noise) leaves the others' draws alone.
     names = ["subject", "geometry", "texture", "landmarks"]
-    names += ["exhale_texture", "inhale_texture", "exhale_ct", "inhale_ct"]
+    names += ["exhale_texture", "inhale_texture", "exhale_ct", "inhale_ct", "trees", "pathology"]
     streams = SeedSequence((config.seed, list(PRESETS).index(config.preset))).spawn(len(names))
     rng = {name: default_rng(stream) for name, stream in zip(names, streams, strict=True)}
-    subject = draw_subject(rng["subject"], config.preset)
+    subject = draw_subject(rng["subject"], config.preset, motion=config.motion)
+    drawn_kinds = draw_pathology(rng["pathology"], config.preset)
+    kinds = drawn_kinds if config.pathology is None else config.pathology
+    subject, severity = with_pathology(subject, rng["pathology"], kinds)
+    trees, vessels = (), {}
+    if config.trees:
+        trees, vessels = grow_trees(rng["trees"], subject.chest, subject.exhale, subject.anatomy, subject.lung)
     correlation_mm = float(rng["texture"].uniform(*TEXTURE_MM))
     shared = texture(rng["texture"], correlation_mm)
-
-    def phase(name: str, here: Breath, there: Breath) -> tuple[Rendering, PhantomPhase, dict[str, float]]:
-        field = shared
-        if config.texture_rho < 1:
+    fields = {"exhale": shared, "inhale": shared}
+    if config.texture_rho < 1:
+        for name in fields:
             own = texture(rng[f"{name}_texture"], correlation_mm)
-            field = np.float32(config.texture_rho**0.5) * shared + np.float32((1 - config.texture_rho) ** 0.5) * own
-        geometry = _geometry(subject, here, config, rng["geometry"])
-        rendering = render(subject.chest, subject.anatomy, subject.lung, subject.exhale, here, there, field, geometry)
-        return rendering, *_scan(rendering, geometry, config.noise_hu, rng[f"{name}_ct"])
+            rho = config.texture_rho
+            fields[name] = np.float32(rho**0.5) * shared + np.float32((1 - rho) ** 0.5) * own
 
-    at_exhale, exhale, exhale_scan = phase("exhale", subject.exhale, subject.inhale)
-    at_inhale, inhale, inhale_scan = phase("inhale", subject.inhale, subject.exhale)
-    landmarks_exhale, landmarks_inhale = _landmarks(subject, rng["landmarks"])
+    def phase(name: str, other: str, here: Breath, there: Breath) -> tuple[Rendering, PhantomPhase, dict[str, float]]:
+        geometry = _geometry(subject, here, config, rng["geometry"])
+        textures = Textures(here=fields[name], there=fields[other], edges=shared)
+        rendering = render(
+            subject.chest, subject.anatomy, subject.lung, subject.exhale, here, there, textures, geometry
+        )
+        return rendering, *_scanned(name, subject, trees, here, rendering, geometry, config, rng[f"{name}_ct"])
+
+    at_exhale, exhale, exhale_scan = phase("exhale", "inhale", subject.exhale, subject.inhale)
+    at_inhale, inhale, inhale_scan = phase("inhale", "exhale", subject.inhale, subject.exhale)
+    truth = recruitment(
+        at_exhale.hu, at_exhale.hu_there, at_exhale.jacobian, exhale.lung > 0, at_inhale.hu[inhale.lung > 0],
+        exhale.ct.geometry.voxel_ml(), inhale.ct.geometry.voxel_ml(),
+    )  # fmt: skip
+    landmarks_exhale, landmarks_inhale, landmark_kind = draw_landmarks(subject, trees, rng["landmarks"])
     return Phantom(
         exhale=exhale,
         inhale=inhale,
         exhale_to_inhale_mm=at_exhale.displacement_mm,
         inhale_to_exhale_mm=at_inhale.displacement_mm,
         jacobian=at_exhale.jacobian,
+        truth=truth,
         landmarks_exhale_mm=landmarks_exhale,
         landmarks_inhale_mm=landmarks_inhale,
+        landmark_kind=landmark_kind,
         subject=subject,
+        trees=trees,
         parameters={
-            "config": asdict(config),
+            # As JSON gives it back: lists, not tuples.
+            "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
             "subject": subject.drawn,
+            "trees": vessels,
+            "pathology": severity,
             "texture_correlation_mm": correlation_mm,
             "exhale_scan": exhale_scan,
             "inhale_scan": inhale_scan,
+            "landmark_forks": int((landmark_kind == FORK).sum()),
+            "truth": truth.figures,
         },
     )
-
-
-def write_phantom(phantom: Phantom, folder: Path) -> None:
-    """Write a patient's folder in the layout `folder`: CTs, masks, u as .nrrd, landmarks.csv and phantom.json."""
-    # SimpleITK and nibabel take a second to import, and making phantoms needs neither.
-    from lungssl_data.field import write_field
-    from lungssl_data.readers import write_labels, write_volume
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, phase in (("exhale", phantom.exhale), ("inhale", phantom.inhale)):
-        geometry = phase.ct.geometry
-        write_volume(folder / f"{name}.nii.gz", phase.ct)
-        write_labels(folder / f"{name}_lung.nii.gz", LabelMap(labels=phase.lung, geometry=geometry))
-        write_labels(folder / f"{name}_lobes.nii.gz", LabelMap(labels=phase.lobes, geometry=geometry))
-    write_field(folder / "exhale_to_inhale.nrrd", phantom.exhale_to_inhale_mm, phantom.exhale.ct.geometry)
-    with (folder / "landmarks.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([f"{phase}_{axis}_mm" for phase in ("exhale", "inhale") for axis in "xyz"])
-        for row in np.hstack((phantom.landmarks_exhale_mm, phantom.landmarks_inhale_mm)):
-            writer.writerow([f"{value:.6f}" for value in row])
-    (folder / "phantom.json").write_text(json.dumps(phantom.parameters, indent=2) + "\n")
 
 
 def _geometry(subject: Subject, here: Breath, config: PhantomConfig, rng: Generator) -> Geometry:
@@ -169,48 +183,38 @@ def _geometry(subject: Subject, here: Breath, config: PhantomConfig, rng: Genera
     )
 
 
-def _scan(
-    rendering: Rendering, geometry: Geometry, noise_hu: float | None, rng: Generator
+def _scanned(
+    name: str,
+    subject: Subject,
+    trees: tuple[Tree, ...],
+    here: Breath,
+    rendering: Rendering,
+    geometry: Geometry,
+    config: PhantomConfig,
+    rng: Generator,
 ) -> tuple[PhantomPhase, dict[str, float]]:
-    """Blur and noise of one scan, whose distribution does not know the phase."""
-    fwhm_mm, drawn_hu, noise_vox = (float(rng.uniform(*bounds)) for bounds in (PSF_FWHM_MM, NOISE_HU, NOISE_BLUR_VOX))
-    sigma_hu = drawn_hu if noise_hu is None else noise_hu
-    # A voxel averages over its width (variance 1/12) on top of the scanner's point spread; FWHM = 2.355 sigma.
-    hu = blur(rendering.hu, float(np.hypot(fwhm_mm / 2.355 / geometry.spacing_mm[0], 12**-0.5)))
-    if sigma_hu > 0:
-        hu = hu + scanner_noise(rng, geometry.shape, sigma_hu=sigma_hu, blur_vox=noise_vox)
-    region = rendering.region
+    """Trees, then the scanner, whose draws do not know the phase."""
+    region, shown, volumes = rendering.region, rendering.hu, {}
+    tree = np.zeros(geometry.shape, np.uint8)
+    if trees:
+        least_mm = LEAST_VOX * config.spacing_mm
+        pieces = carry_trees(trees, subject.chest, subject.exhale, here, least_radius_mm=least_mm)
+        shown, tree = draw_trees(pieces, geometry, region, rendering.hu)
+        volumes = {"vessels_ml": pieces.volume_ml(ARTERY) + pieces.volume_ml(VEIN)}
+    body = (region > 0).astype(np.uint8)
+    counts, drawn = scan(
+        rng, shown, body, spacing_mm=config.spacing_mm, noise_hu=config.noise_hu,
+        low_dose=config.expiratory_low_dose and name == "exhale", artefacts=config.artefacts,
+    )  # fmt: skip
     phase = PhantomPhase(
-        ct=Volume(hu=np.clip(np.rint(hu), -1024, 3071).astype(np.int16), geometry=geometry),
-        clean_hu=rendering.hu,
-        lung=np.where(region <= 2, region, np.uint8(0)),
+        ct=Volume(hu=counts, geometry=geometry),
+        clean_hu=shown,
+        parenchyma_hu=rendering.hu,
+        lung=np.where(region <= LEFT_LUNG, region, np.uint8(0)),
         lobes=rendering.lobes,
-        body=(region > 0).astype(np.uint8),
+        body=body,
         region=region,
+        tree=tree,
+        lesion=rendering.lesion,
     )
-    return phase, {"psf_fwhm_mm": fwhm_mm, "noise_hu": sigma_hu, "noise_blur_vox": noise_vox}
-
-
-def _landmarks(subject: Subject, rng: Generator) -> tuple[Float64[ndarray, "n 3"], Float64[ndarray, "n 3"]]:
-    """Random points deep in both phases' lungs, each kept where no kept one is near (Poisson thinning).
-
-    Of the subject alone, not of its grids: one seed has the same landmarks at every spacing. A point is deep where
-    probes in 26 directions, a tenth longer than the depth to allow for what lies between them, all end in its lung.
-    """
-    chest, exhale, inhale = subject.chest, subject.exhale, subject.inhale
-    corner = np.array([chest.half_width_mm, chest.half_depth_mm, chest.apex_mm])
-    points = rng.uniform(-1.0, 1.0, (60 * LANDMARKS, 3)) * corner
-    moved = to_phase(chest, exhale, exhale, inhale, points)
-    lung = np.flatnonzero(np.isfinite(moved).all(1))[: 8 * LANDMARKS]
-    points, moved = points[lung], moved[lung]
-    deep = np.ones(len(points), bool)
-    probes = np.stack(np.meshgrid(*[(-1.0, 0.0, 1.0)] * 3), -1).reshape(-1, 3)
-    for probe in np.delete(probes, 13, axis=0):
-        step = probe * (1.1 * LANDMARK_DEPTH_MM / np.linalg.norm(probe))
-        deep &= np.isfinite(to_phase(chest, exhale, exhale, inhale, points + step)).all(1)
-        deep &= np.isfinite(to_phase(chest, exhale, inhale, exhale, moved + step)).all(1)
-    kept: list[int] = []
-    for i in np.flatnonzero(deep):
-        if all(((points[kept] - points[i]) ** 2).sum(1) >= LANDMARK_GAP_MM**2):
-            kept.append(int(i))
-    return points[kept[:LANDMARKS]], moved[kept[:LANDMARKS]]
+    return phase, drawn | volumes | {"effusion_ml": float((region == EFFUSION).sum()) * geometry.voxel_ml()}

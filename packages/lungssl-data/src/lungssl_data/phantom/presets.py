@@ -1,6 +1,6 @@
 """Ranges that subjects are drawn from, uniformly and independently. Sources: `domain.md` A2, D1-D3."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Range = tuple[float, float]
 
@@ -24,9 +24,10 @@ class Preset:
     apex_mm: Range
     dome_mm: Range = (45.0, 65.0)
     exhale_hu: Range | None
-    """Mean HU of the lungs at exhale, or None where the density profile is given in absolute terms."""
+    """Mean HU of the parenchyma at exhale, or None where the density profile is given in absolute terms. Trees and
+    lesions come on top: vessels raise the mean by some 45 HU at exhale, 25 HU at inhale."""
     inhale_hu: Range
-    """Accepted mean HU at inhale (it follows from the volumes, since mass is conserved)."""
+    """Accepted mean HU of the parenchyma at inhale (it follows from the volumes, since mass is conserved)."""
     gradient: Range
     """Rise of the tissue fraction from front to back at exhale."""
     collapse: Range | None
@@ -36,6 +37,7 @@ class Preset:
     recruitable: Range = (0.0, 0.25)
     """Share of the collapse that gravity and pressure aim to open at inhale."""
     texture_cv: Range
+    lobule_cv: Range
     exhale_l: Range
     """Accepted volume of both lungs at exhale."""
     inhale_l: Range
@@ -44,9 +46,13 @@ class Preset:
     """Accepted difference in volume."""
     displacement_mm: Range
     """Accepted mean displacement of lung tissue."""
+    pathology: dict[str, float] = field(default_factory=dict)
+    """Chance of each kind of lesion."""
     right_share: Range = (0.515, 0.548)
     """Accepted share of the right lung at exhale: near the sum of its lobes' fractions, 0.53."""
 
+
+SICK = {"ground_glass": 0.6, "consolidation": 0.4, "covid": 0.15, "effusion": 0.3}
 
 PRESETS = {
     "deep": Preset(
@@ -56,11 +62,12 @@ PRESETS = {
         lift_mm=(3.0, 8.0),
         kappa=(-0.15, 0.15),
         apex_mm=(195.0, 232.0),
-        exhale_hu=(-735.0, -665.0),
-        inhale_hu=(-852.0, -788.0),
+        exhale_hu=(-770.0, -705.0),
+        inhale_hu=(-876.0, -815.0),
         gradient=(0.04, 0.09),
         collapse=None,
         texture_cv=(0.12, 0.25),
+        lobule_cv=(0.1, 0.25),
         exhale_l=(1.9, 3.4),
         inhale_l=(3.6, 6.3),
         exhale_gas_l=(1.0, 3.0),
@@ -77,13 +84,55 @@ PRESETS = {
         exhale_hu=None,
         inhale_hu=(-750.0, -350.0),
         gradient=(0.08, 0.2),
-        collapse=(0.93, 0.96),
+        collapse=(0.94, 0.965),
         texture_cv=(0.15, 0.25),
+        lobule_cv=(0.1, 0.25),
         exhale_l=(1.8, 3.5),
         inhale_l=(2.0, 4.2),
         exhale_gas_l=(0.6, 2.1),
         gain_l=(0.3, 0.6),
         displacement_mm=(3.5, 14.0),
+        pathology=SICK,
+    ),
+    "healthy": Preset(
+        descent_mm=(14.0, 30.0),
+        anterior_mm=(4.0, 12.0),
+        widening_mm=(2.0, 7.0),
+        lift_mm=(1.0, 5.0),
+        kappa=(-0.12, 0.12),
+        apex_mm=(200.0, 238.0),
+        exhale_hu=(-800.0, -735.0),
+        inhale_hu=(-875.0, -812.0),
+        gradient=(0.06, 0.1),
+        collapse=None,
+        texture_cv=(0.18, 0.25),
+        lobule_cv=(0.4, 0.46),
+        exhale_l=(2.3, 3.5),
+        inhale_l=(3.55, 5.5),
+        exhale_gas_l=(1.2, 3.0),
+        gain_l=(0.7, 2.0),
+        displacement_mm=(7.0, 16.0),
+    ),
+    "peep": Preset(
+        descent_mm=(8.0, 22.0),
+        anterior_mm=(2.0, 9.0),
+        widening_mm=(1.0, 5.0),
+        lift_mm=(0.0, 3.0),
+        kappa=(-0.1, 0.1),
+        apex_mm=(180.0, 220.0),
+        exhale_hu=None,
+        inhale_hu=(-800.0, -350.0),
+        gradient=(0.08, 0.2),
+        collapse=(0.92, 0.96),
+        recruitable=(0.0, 0.4),
+        texture_cv=(0.15, 0.25),
+        lobule_cv=(0.1, 0.25),
+        exhale_l=(1.7, 3.3),
+        inhale_l=(2.1, 4.3),
+        exhale_gas_l=(0.5, 2.0),
+        gain_l=(0.4, 1.1),
+        displacement_mm=(3.5, 15.0),
+        pathology=SICK,
     ),
 }
-"""`deep`: healthy, from end-expiration to a deep breath-hold. `ards`: ventilated, tidal, with dependent collapse."""
+"""Described at `PhantomConfig.preset`. Order: a preset's place seeds its subjects."""

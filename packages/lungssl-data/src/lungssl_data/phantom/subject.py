@@ -1,6 +1,6 @@
 """Draws one subject: shape, breath, density and lobes, redrawn until volumes and motion are physiological."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -8,12 +8,17 @@ from numpy import ndarray
 from numpy.random import Generator
 
 from lungssl_data.phantom.anatomy import Anatomy
+from lungssl_data.phantom.ffd import draw_warp
 from lungssl_data.phantom.motion import Breath, Chest, transport_table
+from lungssl_data.phantom.parenchyma import TISSUE_HU, Parenchyma, whole
+from lungssl_data.phantom.pathology import draw_blobs, draw_effusion
+from lungssl_data.phantom.points import place_lung
 from lungssl_data.phantom.presets import PRESETS, Preset, Range
-from lungssl_data.phantom.render import TISSUE_HU, Parenchyma, place_lung
 
 LOBE_FRACTIONS = (0.19, 0.08, 0.26, 0.23, 0.24)
 """RUL, RML, RLL, LUL, LLL as parts of both lungs at exhale (`domain.md` D3)."""
+FISSURE_GAP = (0.2, 0.6)
+"""Share of a fissure that is missing (D3)."""
 EVEN = np.linspace(-1.0, 1.0, 2049)
 """Nodes of the density and transport tables over Y."""
 BASE_MM = -100.0
@@ -45,20 +50,45 @@ class _Draw:
         return self.record[name]
 
 
-def draw_subject(rng: Generator, preset: str) -> Subject:
-    """The first random subject of `preset` whose figures all lie in the preset's accepted ranges."""
+def draw_subject(rng: Generator, preset: str, *, motion: str = "charts") -> Subject:
+    """The first random subject of `preset`, without lesions, whose figures all lie in the preset's accepted ranges."""
     ranges = PRESETS[preset]
     for _ in range(ATTEMPTS):
-        subject, figures = _attempt(_Draw(rng), ranges)
+        subject, figures = _attempt(_Draw(rng), ranges, motion)
         if all(low <= figures[name] <= high for name in figures for low, high in [getattr(ranges, name)]):
             return subject
     raise AssertionError(f"no subject of preset {preset!r} in {ATTEMPTS} draws: its ranges contradict one another")
 
 
-def _attempt(draw: _Draw, ranges: Preset) -> tuple[Subject, dict[str, float]]:
+def draw_pathology(rng: Generator, preset: str) -> tuple[str, ...]:
+    """Kinds of lesions by the preset's chances."""
+    return tuple(kind for kind, chance in PRESETS[preset].pathology.items() if rng.uniform() < chance)
+
+
+def with_pathology(
+    subject: Subject, rng: Generator, kinds: tuple[str, ...]
+) -> tuple[Subject, dict[str, dict[str, float]]]:
+    """The subject with lesions of these kinds, and the severity drawn for each."""
+    blobs, severity = draw_blobs(rng, kinds, subject.chest, subject.exhale)
+    lung = subject.lung._replace(blobs=blobs)
+    if "effusion" in kinds:
+        material, cell = _material_grid((28, 96, 36))
+        _, det = place_lung(subject.chest, subject.exhale, subject.exhale, material)
+        effusion, wanted_ml = draw_effusion(rng, material, det * cell / 1000)
+        lung = lung._replace(effusion=effusion)
+        severity["effusion"] = {"volume_ml": wanted_ml}
+    return replace(subject, lung=lung), severity
+
+
+def _attempt(draw: _Draw, ranges: Preset, motion: str) -> tuple[Subject, dict[str, float]]:
     chest, anatomy = _draw_body(draw, ranges)
     exhale_density, inhale_density = _draw_densities(draw, ranges)
     exhale, inhale = _draw_breaths(draw, ranges, chest, exhale_density, inhale_density)
+    if motion == "ffd":
+        inhale = inhale._replace(
+            kappa=0.0, kappa_posterior=0.0, transport=exhale.transport, transport_slope=exhale.transport_slope,
+            warp=draw_warp(draw.rng.spawn(1)[0]),
+        )  # fmt: skip
 
     material, cell = _material_grid()
     exhale_mm, det_exhale = place_lung(chest, exhale, exhale, material)
@@ -120,7 +150,9 @@ def _draw_densities(draw: _Draw, ranges: Preset) -> tuple[Float64[ndarray, " nod
         collapsed = 1.0 / (1.0 + np.exp((draw("collapse_depth", ranges.collapse_depth) - EVEN) / 0.12))
         tissue = draw("collapse", ranges.collapse)
         exhale = exhale + (tissue - exhale) * collapsed
-        inhale = inhale + (tissue - inhale) * collapsed * (1.0 - draw("recruitable", ranges.recruitable))
+        # What lies lowest opens last: it keeps its density, and pleural fluid there its volume.
+        opens = draw("recruitable", ranges.recruitable) * np.clip((0.9 - EVEN) / 0.2, 0.0, 1.0)
+        inhale = inhale + (tissue - inhale) * collapsed * (1.0 - opens)
     return exhale, inhale
 
 
@@ -159,12 +191,12 @@ def _draw_breaths(
     return exhale, inhale
 
 
-def _material_grid() -> tuple[Float64[ndarray, "n 3"], float]:
+def _material_grid(cells: tuple[int, int, int] = (14, 24, 18)) -> tuple[Float64[ndarray, "n 3"], float]:
     """Midpoints (q, Y, v) of a grid over both lungs, and the material volume of a cell."""
-    s, y, v = ((np.arange(n) + 0.5) / n for n in (14, 24, 18))
+    s, y, v = ((np.arange(n) + 0.5) / n for n in cells)
     q = np.concatenate((-1.0 - s, 1.0 + s))
     material = np.stack(np.meshgrid(q, 2.0 * y - 1.0, v, indexing="ij"), -1).reshape(-1, 3)
-    return material, 2.0 / (14 * 24 * 18)
+    return material, 2.0 / float(np.prod(cells))
 
 
 def _draw_parenchyma(
@@ -188,10 +220,17 @@ def _draw_parenchyma(
         volume = np.cumsum(det_exhale[chosen][order])
         return float(np.interp(share, (volume - 0.5 * det_exhale[chosen][order]) / volume[-1], values[chosen][order]))
 
+    gaps, angles = [], []
+    for name in ("right_oblique", "left_oblique", "minor"):
+        first, second = (draw(f"{name}_gap_{n}", (0.0, 2 * np.pi)) for n in range(2))
+        angles.append((first, second))
+        sheet = whole.py_func(first, second, np.abs(material[:, 0]) - 1.0, material[:, 1])  # type: ignore[call-arg]
+        gaps.append(float(np.quantile(sheet, draw(f"{name}_incomplete", FISSURE_GAP))))
     oblique_right = level(oblique, right, lower_right / (upper_right + middle + lower_right))
     return Parenchyma(
         density=density,
         texture_cv=draw("texture_cv", ranges.texture_cv),
+        lobule_cv=draw("lobule_cv", ranges.lobule_cv),
         oblique_right=oblique_right,
         oblique_left=level(oblique, ~right, lower_left / (upper_left + lower_left)),
         oblique_slope=slope,
@@ -199,4 +238,8 @@ def _draw_parenchyma(
         minor=level(minor, right & (oblique >= oblique_right), middle / (upper_right + middle)),
         minor_slope=minor_slope,
         fissure_mm=draw("fissure_mm", (0.3, 0.7)),
+        fissure_gap=np.asarray(gaps),
+        fissure_phase=np.asarray(angles),
+        blobs=np.zeros((0, 7)),
+        effusion=np.zeros(2),
     )

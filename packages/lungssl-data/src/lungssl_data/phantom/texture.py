@@ -1,10 +1,10 @@
-"""Random fields of the phantom: parenchymal texture in material space, and scanner noise."""
+"""Parenchymal texture in material space."""
 
 import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 from numpy.random import Generator
-from scipy import fft, ndimage
+from scipy import fft
 
 TEXTURE_SPACING_MM = 1.5
 TEXTURE_SHAPE = (192, 120, 160)
@@ -24,17 +24,3 @@ def texture(rng: Generator, correlation_mm: float) -> Float32[ndarray, "z y x"]:
     band = np.exp(-squared / 2) - np.exp(-squared * 25 / 2)
     field = np.asarray(fft.irfftn(fft.rfftn(white, workers=2) * band, s=TEXTURE_SHAPE, workers=2), np.float32)
     return field / field.std()
-
-
-def scanner_noise(
-    rng: Generator, shape: tuple[int, int, int], *, sigma_hu: float, blur_vox: float
-) -> Float32[ndarray, "z y x"]:
-    """Gaussian noise of standard deviation `sigma_hu`, correlated within the slice by a blur of `blur_vox`."""
-    white = rng.standard_normal(shape, dtype=np.float32)
-    blurred = ndimage.gaussian_filter(white, (0.0, blur_vox, blur_vox), truncate=3.0)
-    return blurred * np.float32(sigma_hu / blurred.std())
-
-
-def blur(hu: Float32[ndarray, "z y x"], sigma_vox: float) -> Float32[ndarray, "z y x"]:
-    """The scanner's point spread, a Gaussian of `sigma_vox` voxels."""
-    return ndimage.gaussian_filter(hu, sigma_vox, mode="nearest", truncate=2.0)

@@ -1,6 +1,7 @@
-"""Read and write volumes and label maps: NIfTI, MetaImage, NRRD; read plain DICOM series.
+"""Read and write volumes and label maps: NIfTI, MetaImage, NRRD; read DICOM series.
 
     read_volume("ct.nii.gz")        -> Volume, int16 HU with rescale slope applied, rounded; padding values are kept
+    read_slices(series.files)       -> Volume of one DICOM series among others (`dicom_tree.find_series`)
     write_volume("ct.mha", volume)
     read_labels("lobes.nrrd")       -> LabelMap, uint8
     write_labels("mask.nii.gz", label_map)
@@ -10,12 +11,13 @@
 | .nii .nii.gz | x | x |
 | .mha .nrrd | x | x, compressed |
 | .mhd .nhdr (header with a data file beside it) | x | no: two files cannot be replaced at once |
-| folder of one DICOM CT series, or one .dcm of it | volumes | no |
+| folder of one DICOM CT series and phase, or one .dcm of it | volumes | no |
 
 Voxel order and direction matrix come and go unchanged, so a mask written on a volume's geometry has that volume's grid.
 Files are written beside the target and then renamed: a crash leaves the old file. No text goes into their headers.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +25,7 @@ from types import ModuleType
 from lungssl_data.readers.checks import VolumeError, hounsfield, label_values, replacing
 from lungssl_data.volume import LabelMap, Volume
 
-__all__ = ["VolumeError", "files_of", "read_labels", "read_volume", "write_labels", "write_volume"]
+__all__ = ["VolumeError", "files_of", "read_labels", "read_slices", "read_volume", "write_labels", "write_volume"]
 
 READERS = {
     ".nii": "nifti",
@@ -40,12 +42,19 @@ WRITABLE = (".nii", ".nii.gz", ".mha", ".nrrd")
 def read_volume(path: str | Path) -> Volume:
     """Read a CT as int16 Hounsfield units; scanner padding (-2048, -3024) is kept, `Volume.valid()` tells it.
 
+    What a DICOM header calls padding becomes -2048.
+
     Raises VolumeError, in one line, for a missing, damaged or sheared file, for values that are NaN or outside int16,
     and for a DICOM folder that is not exactly one gapless, untilted CT series.
     """
     path = Path(path)
     raw, geometry = _module(path).read(path)
     return Volume(hu=hounsfield(raw, path.name), geometry=geometry)
+
+
+def read_slices(files: Sequence[Path]) -> Volume:
+    """Read one phase of one DICOM CT series, its files in any order; raises VolumeError as `read_volume` does."""
+    return import_module("lungssl_data.readers.dicom").read_slices(files)
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -67,7 +76,7 @@ def read_labels(path: str | Path) -> LabelMap:
     path = Path(path)
     module = _module(path)
     if module.__name__.endswith(".dicom"):
-        raise VolumeError(f"{path.name}: label maps are not read from DICOM; convert it to .nii.gz or .nrrd")
+        raise VolumeError("label maps are not read from DICOM; convert it to .nii.gz or .nrrd", name=path.name)
     raw, geometry = module.read(path)
     return LabelMap(labels=label_values(raw, path.name), geometry=geometry)
 
@@ -94,11 +103,11 @@ def _suffix(path: Path) -> str:
 def _module(path: Path) -> ModuleType:
     name = "dicom" if path.is_dir() else READERS.get(_suffix(path))
     if name is None:
-        raise VolumeError(f"{path.name}: not a known format; known are {', '.join(READERS)} and a DICOM folder")
+        raise VolumeError(f"not a known format; known are {', '.join(READERS)} and a DICOM folder", name=path.name)
     return import_module(f"lungssl_data.readers.{name}")
 
 
 def _writable(path: Path) -> Path:
     if _suffix(path) not in WRITABLE:
-        raise VolumeError(f"{path.name}: cannot be written; name the file {', '.join(WRITABLE)}")
+        raise VolumeError(f"cannot be written; name the file {', '.join(WRITABLE)}", name=path.name)
     return path

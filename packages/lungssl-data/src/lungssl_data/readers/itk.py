@@ -1,19 +1,50 @@
-"""MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr) by SimpleITK, after a look at the header as text.
+"""MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr): grids by SimpleITK, voxels straight into their array.
 
 The header may name a data file anywhere on the disk: only the header's own file, or a plain name beside it, is let in.
+It is looked at as bytes before SimpleITK sees it; comments and key/value pairs are passed over.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import SimpleITK as sitk
 from jaxtyping import Shaped
 from numpy import ndarray
 
-from lungssl_data.readers.checks import Stored, VolumeError, check_file, damaged, geometry_of, require_file
+from lungssl_data.readers.checks import (
+    Stored,
+    VolumeError,
+    allocate,
+    check_file,
+    damaged,
+    geometry_of,
+    native,
+    require_file,
+)
+from lungssl_data.readers.streams import InflatedStream, RawStream, StreamError
 from lungssl_data.volume import Geometry
 
 _HEADER_BYTES = 1 << 16
+_METAIMAGE_NUMBERS = {"ElementSpacing": 1, "ElementSize": 1, "Offset": 1, "Position": 1, "Origin": 1}
+_METAIMAGE_NUMBERS |= {"TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
+_TEXT = ("ascii", "text", "txt", "hex")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """Where the voxels are."""
+
+    path: Path
+    offset: int | None
+    """First byte; None: the last bytes of the file are the voxels."""
+    encoding: str
+    """raw, gzip or one of _TEXT."""
+    order: Literal["<", ">"]
+    """Of bytes: "<" or ">"."""
+    sizes: tuple[int, ...]
+    """Voxels along x, y, z, ... as the header writes them."""
 
 
 def read(path: Path) -> tuple[Stored, Geometry]:
@@ -21,7 +52,7 @@ def read(path: Path) -> tuple[Stored, Geometry]:
     require_file(path)
     name = path.name
     metaimage = path.suffix.lower() in (".mha", ".mhd")
-    data, encoding = _metaimage_data(path) if metaimage else _nrrd_data(path)
+    data = _metaimage_data(path) if metaimage else _nrrd_data(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("MetaImageIO" if metaimage else "NrrdImageIO")
     reader.SetFileName(str(path))
@@ -32,16 +63,24 @@ def read(path: Path) -> tuple[Stored, Geometry]:
     size = reader.GetSize()
     if len(size) < 3 or any(n != 1 for n in size[3:]) or min(size) < 1 or reader.GetNumberOfComponents() != 1:
         raise VolumeError(
-            f"{name}: has dimensions {size} with {reader.GetNumberOfComponents()} values per voxel, one 3-D frame of "
-            "grey values is expected; extract the frame first"
+            f"has dimensions {size} with {reader.GetNumberOfComponents()} values per voxel, one 3-D frame of "
+            "grey values is expected; extract the frame first",
+            name=name,
         )
-    claim = int(np.prod(size, dtype=object)) * _bytes_per_voxel(reader.GetPixelID())
-    check_file(claim, data.stat().st_size, encoding=encoding, name=name)
+    if [n for n in data.sizes if n != 1] != [n for n in size if n != 1]:
+        raise damaged(name)
+    dtype = _dtype(reader.GetPixelID())
+    x, y, z = (int(n) for n in size[:3])
+    claim = x * y * z * dtype.itemsize
+    # As text, a voxel takes one byte at least.
+    stored = data.path.stat().st_size * (dtype.itemsize if data.encoding in _TEXT else 1)
+    check_file(claim, stored, encoding="gzip" if data.encoding == "gzip" else "raw", name=name)
     rank = len(size)
     direction = np.reshape(reader.GetDirection(), (rank, rank))[:3, :3]
     affine = np.column_stack([direction * np.asarray(reader.GetSpacing()[:3]), reader.GetOrigin()[:3]])
-    x, y, z = (int(n) for n in size[:3])
     geometry = geometry_of(affine, (z, y, x), name)
+    if data.encoding not in _TEXT:
+        return Stored(values=_voxels(data, (z, y, x), dtype, name)), geometry
     try:
         image = reader.Execute()
     except RuntimeError as error:
@@ -53,8 +92,8 @@ def files_of(path: Path) -> list[Path]:
     """The header and, where it is detached, its data file."""
     require_file(path)
     metaimage = path.suffix.lower() in (".mha", ".mhd")
-    data, _ = _metaimage_data(path) if metaimage else _nrrd_data(path)
-    return [path] if data == path else [path, data]
+    data = _metaimage_data(path) if metaimage else _nrrd_data(path)
+    return [path] if data.path == path else [path, data.path]
 
 
 def write(path: Path, values: Shaped[ndarray, "z y x"], geometry: Geometry) -> None:
@@ -66,52 +105,128 @@ def write(path: Path, values: Shaped[ndarray, "z y x"], geometry: Geometry) -> N
     sitk.WriteImage(image, str(path), useCompression=True)
 
 
-def _bytes_per_voxel(pixel_id: int) -> int:
-    return np.dtype(sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], pixel_id)).dtype).itemsize
+def _dtype(pixel_id: int) -> np.dtype:
+    return np.dtype(sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], pixel_id)).dtype)
 
 
-def _header_lines(path: Path) -> list[str]:
+def _voxels(data: _Data, shape: tuple[int, int, int], dtype: np.dtype, name: str) -> Shaped[ndarray, "z y x"]:
+    values = allocate(shape, dtype.newbyteorder(data.order), name)
+    try:
+        with data.path.open("rb") as file:
+            file.seek(data.path.stat().st_size - values.nbytes if data.offset is None else data.offset)
+            stream = InflatedStream(file) if data.encoding == "gzip" else RawStream(file)
+            stream.fill(values.reshape(-1).view(np.uint8))
+            stream.finish()
+    except StreamError as error:
+        raise VolumeError(error.problem, name=name) from error
+    except (OSError, ValueError) as error:
+        raise damaged(name) from error
+    return native(values)
+
+
+def _header(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_HEADER_BYTES).decode("latin-1").splitlines()
+        return file.read(_HEADER_BYTES)
 
 
-def _metaimage_data(path: Path) -> tuple[Path, str]:
-    """The file that holds the voxels, and its encoding."""
-    fields = {}
-    for line in _header_lines(path):
-        key, _, value = (part.strip() for part in line.partition("="))
-        fields[key.lower()] = value
-        if key.lower() == "elementdatafile":  # the last line of the header
+def _metaimage_data(path: Path) -> _Data:
+    header = _header(path)
+    fields: dict[str, str] = {}
+    end = 0
+    while "elementdatafile" not in fields:
+        line, newline, _ = header[end:].partition(b"\n")
+        end += len(line) + len(newline)
+        key, _, value = (part.strip() for part in line.decode("latin-1").partition("="))
+        if not newline and not key:
+            raise VolumeError("has no ElementDataFile line, so it is not a MetaImage; export it again", name=path.name)
+        if fields.setdefault(key.lower(), value) != value and key.lower() != "comment":
+            raise VolumeError("its header states something twice; export it again", name=path.name)
+    if not {"ndims", "dimsize", "elementtype"} <= fields.keys():
+        raise damaged(path.name)
+    rank = len(fields["dimsize"].split())
+    for key, count in _METAIMAGE_NUMBERS.items():
+        # SimpleITK takes what is no number as 0 or 1.
+        if key.lower() in fields and not _are_numbers(fields[key.lower()], rank**count):
+            raise VolumeError(f"its {key} is not {rank**count} numbers; export it again", name=path.name)
+    if fields.get("binarydata", "true").lower() == "false":
+        raise VolumeError("holds its voxels as text; export it as binary", name=path.name)
+    value, skip = fields["elementdatafile"], _integer(fields.get("headersize", "0"), path)
+    local = value.upper() == "LOCAL"
+    big = fields.get("elementbyteordermsb", fields.get("binarydatabyteordermsb", "false")).lower() == "true"
+    return _Data(
+        path=path if local else _beside(path, value),
+        offset=end if local else None if skip == -1 else skip,
+        encoding="gzip" if fields.get("compresseddata", "false").lower() == "true" else "raw",
+        order=">" if big else "<",
+        sizes=_sizes(fields["dimsize"], path),
+    )
+
+
+def _nrrd_data(path: Path) -> _Data:
+    header = _header(path)
+    if not header.startswith(b"NRRD"):
+        raise VolumeError("does not begin with NRRD, so it is not a NRRD file; export it again", name=path.name)
+    fields: dict[str, str] = {}
+    end = 0
+    while True:
+        line, newline, _ = header[end:].partition(b"\n")
+        end += len(line) + len(newline)
+        if not newline or not line.strip():  # an empty line ends the header
             break
-    else:
-        raise VolumeError(f"{path.name}: has no ElementDataFile line, so it is not a MetaImage; export it again")
-    encoding = "gzip" if fields.get("compresseddata", "false").lower() == "true" else "raw"
-    value = fields["elementdatafile"]
-    return (path if value.upper() == "LOCAL" else _beside(path, value)), encoding
+        key, colon, value = line.decode("latin-1").partition(":")
+        if not colon or value.startswith("=") or line.startswith(b"#"):
+            continue  # the first line, comments, key/value pairs
+        key = key.strip().lower().replace(" ", "")
+        if key in fields:
+            raise VolumeError("its header states something twice; export it again", name=path.name)
+        fields[key] = value.strip()
+    attached = "datafile" not in fields
+    if attached and not newline:
+        raise damaged(path.name)
+    encoding = {"gz": "gzip"}.get(fields.get("encoding", "").lower(), fields.get("encoding", "").lower())
+    if encoding not in ("raw", "gzip", *_TEXT):
+        raise VolumeError(
+            f"its encoding is none of raw, gzip, {', '.join(_TEXT)}; export it as one of them", name=path.name
+        )
+    skip = _integer(fields.get("byteskip", "0"), path)
+    if _integer(fields.get("lineskip", "0"), path) or (skip and (encoding != "raw" or attached)):
+        raise VolumeError("skips lines or bytes before its voxels; export it without", name=path.name)
+    return _Data(
+        path=path if attached else _beside(path, fields["datafile"]),
+        offset=end if attached else None if skip == -1 else skip,
+        encoding=encoding,
+        order=">" if fields.get("endian", "").lower() == "big" else "<",
+        sizes=_sizes(fields.get("sizes", ""), path),
+    )
 
 
-def _nrrd_data(path: Path) -> tuple[Path, str]:
-    """The file that holds the voxels, and its encoding."""
-    lines = _header_lines(path)
-    if not lines or not lines[0].startswith("NRRD"):
-        raise VolumeError(f"{path.name}: does not begin with NRRD, so it is not a NRRD file; export it again")
-    data, encoding = path, "raw"
-    for line in lines[1:]:
-        if not line.strip():  # an empty line ends the header
-            break
-        key, _, value = (part.strip() for part in line.partition(":"))
-        if key.lower() in ("data file", "datafile"):
-            data = _beside(path, value)
-        elif key.lower() == "encoding":
-            encoding = {"gz": "gzip"}.get(value.lower(), value.lower())
-    return data, encoding
+def _integer(text: str, path: Path) -> int:
+    if text not in ("-1",) and not (text.isdecimal() and len(text) < 13):
+        raise damaged(path.name)
+    return int(text)
+
+
+def _are_numbers(text: str, count: int) -> bool:
+    try:
+        numbers = [float(part) for part in text.split()]
+    except ValueError:
+        return False
+    return len(numbers) == count and bool(np.isfinite(numbers).all())
+
+
+def _sizes(text: str, path: Path) -> tuple[int, ...]:
+    parts = text.split()
+    if not all(part.isdecimal() and len(part) < 13 for part in parts):
+        raise damaged(path.name)
+    return tuple(int(part) for part in parts)
 
 
 def _beside(header: Path, value: str) -> Path:
     data = header.with_name(value) if value and Path(value).name == value and not set(value) & set("\\/% ") else None
-    if data is None or not data.is_file():
+    if data is None or not data.is_file() or data.resolve().parent != header.resolve().parent:
         raise VolumeError(
-            f"{header.name}: its data file must be one file in the header's own folder, named without a path; "
-            "put it there and correct the header, or convert both to one .mha or .nrrd file"
+            "its data file must be one file in the header's own folder, named without a path; "
+            "put it there and correct the header, or convert both to one .mha or .nrrd file",
+            name=header.name,
         )
     return data

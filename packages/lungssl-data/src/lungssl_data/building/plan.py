@@ -1,0 +1,65 @@
+"""Which patients a build is about, and the split of each: decided once for the whole list, whatever is built where."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lungssl_data.building.locks import Locks
+from lungssl_data.cache_index import PatientRecord, open_patient_file, patient_record, temporary_path
+from lungssl_data.layouts.source import PairSource
+from lungssl_data.pair import CacheError, Split
+from lungssl_data.splits import assign_splits
+
+
+def known_patients(folder: Path) -> dict[str, PatientRecord]:
+    """The cache's readable patients; a damaged file or one of another format counts as not built."""
+    found = {}
+    for path in sorted(folder.glob("*.h5")):
+        record = patient_in(folder, path.stem)
+        if record is not None:
+            found[path.stem] = record
+    return found
+
+
+def patient_in(folder: Path, patient: str) -> PatientRecord | None:
+    """What the cache holds of one patient, or None if nothing that can be read."""
+    try:
+        with open_patient_file(folder / f"{patient}.h5") as file:
+            return patient_record(file)
+    except (CacheError, OSError, RuntimeError, KeyError, TypeError, AttributeError):  # what h5py raises for damage
+        return None
+
+
+def shard_of(sources: Sequence[PairSource], shard: tuple[int, int]) -> list[PairSource]:
+    """The part `(i, n)` of the patients, 1 to n: by the SHA-256 of the id, so the same on every machine."""
+    index, count = shard
+    if not 1 <= index <= count:
+        raise CacheError(f"shard {index}/{count}: the first number runs from 1 to the second")
+    return [s for s in sources if int(hashlib.sha256(s.patient.encode()).hexdigest(), 16) % count == index - 1]
+
+
+def decide_splits(
+    sources: Sequence[PairSource], folder: Path, known: dict[str, PatientRecord], locks: Locks
+) -> dict[str, Split]:
+    """A split for each patient of the list and of the cache; what was decided before stays.
+
+    The decisions are kept in `<folder>/.splits.json`, under a lock: several builders of one folder, each with its
+    shard, read the same ones. Builders of folders of their own agree as long as they are given the same list.
+    Raises CacheError where sources demand different splits for one person.
+    """
+    path = folder / ".splits.json"
+    with locks.holding(".splits"):
+        before: dict[str, Split] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        fixed = dict(before)
+        fixed.update((patient, record.split) for patient, record in known.items())
+        fixed.update((source.patient, source.split) for source in sources if source.split is not None)
+        persons = {patient: record.person for patient, record in known.items()}
+        persons |= {source.patient: source.person for source in sources}
+        splits = assign_splits([*known, *(source.patient for source in sources)], fixed, persons)
+        if before | splits != before:
+            temporary = temporary_path(folder, "_splits")
+            temporary.write_text(json.dumps(before | splits, indent=0), encoding="utf-8")
+            os.replace(temporary, path)
+    return splits

@@ -1,0 +1,147 @@
+"""Plain DICOM in any folders, as a PACS exports it: one pair per patient, or one scan where there is no pair.
+
+The phase comes from the headers (`readers.dicom_phase`). Where they say nothing, a patient's only scan is inhale, as
+chest CT is taken at inspiration; of two scans of one study, the one with clearly larger lungs is; and beside an
+exhale scan, the study's only unnamed scan is. Of several reconstructions the one with most slices is taken. What stays
+unclear is an error that lists the patients: a manifest can say which series is which. Patient ids are keyed hashes.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lungssl_data.ids import load_key
+from lungssl_data.layouts.files import dataset_name, has_name, nothing_found
+from lungssl_data.layouts.single_phase import PROTOCOL
+from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.pair import CacheError, Phase
+from lungssl_data.readers import VolumeError, read_slices
+from lungssl_data.readers.dicom_tree import CtSeries, find_series
+
+NAMES = r"(?:[^/]+\.(?:dcm|ima)|dicomdir|i\d{4,}|im[-_]?\d+|[12](?:\.\d+){6,})"
+"""Files of a PACS export by name: a suffix, an index, a running number, a UID."""
+LEAST_GAIN = 1.15
+"""Ratio of lung volumes that makes an inhale and an exhale of two unnamed scans: tidal breaths change lungs by some
+15 %, repeated scans at one phase by less (`domain.md` A)."""
+WORD = "word in the series description"
+
+
+class UnclearError(ValueError):
+    """A patient's series can't be told apart; the message says which, without any name."""
+
+
+def recognises(root: Path) -> bool:
+    """Whether some file is named as DICOM files are."""
+    return has_name(root, NAMES)
+
+
+def read(root: Path) -> list[PairSource]:
+    """Patients by id; CacheError where there are none, or where the series of some can't be told apart."""
+    series = listed(root)
+    if not series:
+        raise nothing_found(root, "DICOM files of CT series in any folders")
+    sources, unclear = [], []
+    for patient, own in by_patient(series).items():
+        try:
+            scans = chosen(own)
+        except UnclearError as error:
+            unclear.append(f"patient {patient}: {error}")
+        else:
+            sources.append(PairSource(patient=patient, scans=scans, dataset=dataset_name(root, "")))
+    refuse(unclear, len(sources) + len(unclear))
+    return sources
+
+
+def listed(root: Path) -> list[CtSeries]:
+    """All CT series below `root`; none where it is no folder."""
+    return find_series(root, key=load_key()) if root.is_dir() else []
+
+
+def by_patient(series: Sequence[CtSeries]) -> dict[str, list[CtSeries]]:
+    """Series by their patient's id."""
+    patients: dict[str, list[CtSeries]] = defaultdict(list)
+    for one in series:
+        patients[one.patient].append(one)
+    return dict(patients)
+
+
+def refuse(unclear: Sequence[str], count: int) -> None:
+    """CacheError with the first few of the unclear patients, if there are any."""
+    if unclear:
+        raise CacheError(
+            f"{len(unclear)} of {count} patients have CT series that can't be told apart ({'; '.join(unclear[:3])}); "
+            f"name one exhale and one inhale folder each in a manifest"
+        )
+
+
+def chosen(series: Sequence[CtSeries]) -> dict[Phase, ScanSource]:
+    """A patient's pair, or one scan; UnclearError where several would do."""
+    usable = [one for one in series if one.problem is None]
+    if not usable:  # so that the build says why, in its line for this patient
+        phase: Phase = series[0].phase or "inhale"
+        return {phase: source(series[0], series[0].evidence or PROTOCOL)}
+    exhale, inhale = (_of_phase(series, phase) for phase in ("exhale", "inhale"))
+    studies = {one.study for one in exhale} & {one.study for one in inhale}
+    if studies:
+        pairs = [
+            (best([one for one in exhale if one.study == study]), best([one for one in inhale if one.study == study]))
+            for study in sorted(studies)
+        ]
+        slices = [first.slices + second.slices for first, second in pairs]
+        if slices.count(max(slices)) > 1:
+            raise UnclearError(f"{len(pairs)} studies with an exhale and an inhale series")
+        first, second = pairs[int(np.argmax(slices))]
+        return {"exhale": source(first), "inhale": source(second)}
+    unnamed = [one for one in usable if one.phase is None and one.phase_percent is None]
+    if exhale:
+        first = best(exhale)
+        beside = [one for one in unnamed if one.study == first.study]
+        scans: dict[Phase, ScanSource] = {"exhale": source(first)}
+        if beside:
+            scans["inhale"] = source(best(beside), PROTOCOL)
+        return scans
+    if inhale:
+        return {"inhale": source(best(inhale))}
+    if len(unnamed) == 2 and len({one.study for one in unnamed}) == 1:
+        return _by_lungs(unnamed)
+    if not unnamed:
+        raise UnclearError(f"{len(usable)} phases of breathing, none of them 0 % or 50 %")
+    return {"inhale": source(best(unnamed), PROTOCOL)}
+
+
+def source(series: CtSeries, evidence: str = "") -> ScanSource:
+    """The files of one series."""
+    return ScanSource(image=series.files[0].parent, slices=series.files, evidence=evidence or series.evidence)
+
+
+def _of_phase(series: Sequence[CtSeries], phase: Phase) -> list[CtSeries]:
+    """Series of a phase, those with a problem included: a pair must not lose one unnoticed. Words beat percentages."""
+    own = [one for one in series if one.phase == phase]
+    return [one for one in own if one.evidence == WORD] or own
+
+
+def best(series: Sequence[CtSeries]) -> CtSeries:
+    """The one with most slices; those without a problem first."""
+    first = sorted(series, key=lambda one: (one.problem is not None, -one.slices))
+    if len(first) > 1 and first[0].problem is None and first[1].problem is None and first[0].slices == first[1].slices:
+        raise UnclearError(f"{len(first)} series of one phase, two of them of {first[0].slices} slices")
+    return first[0]
+
+
+def _by_lungs(series: Sequence[CtSeries]) -> dict[Phase, ScanSource]:
+    """Of two series, the one with clearly larger lungs is inhale."""
+    from lungssl_data.lung_mask import LungMaskError, lung_mask
+
+    ml = []
+    for one in series:
+        try:
+            volume = read_slices(one.files)
+            ml.append(np.count_nonzero(lung_mask(volume)) * volume.geometry.voxel_ml())
+        except (VolumeError, LungMaskError) as error:
+            raise UnclearError("2 series without a phase, and no lungs found in one") from error
+    if max(ml) < LEAST_GAIN * min(ml):
+        raise UnclearError(f"2 series without a phase, with lungs of {ml[0] / 1000:.1f} and {ml[1] / 1000:.1f} l")
+    small, large = (series[int(place)] for place in np.argsort(ml))
+    return {"exhale": source(small, "volume of the lungs"), "inhale": source(large, "volume of the lungs")}

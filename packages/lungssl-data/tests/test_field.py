@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from lungssl_data.field import read_field, write_field
+from lungssl_data.volume import Geometry
+
+GRID = Geometry(shape=(3, 4, 5), spacing_mm=(1.0, 2.0, 3.0), origin_mm=(-7.0, 5.0, 11.0), direction=np.eye(3))
+
+
+def _field() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(3, *GRID.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_a_field_moves_a_point_as_simpleitk_moves_it(tmp_path: Path, suffix: str) -> None:
+    u_mm = _field()
+    write_field(tmp_path / f"u{suffix}", u_mm, GRID)
+    back, grid = read_field(tmp_path / f"u{suffix}")
+    np.testing.assert_array_equal(back, u_mm)
+    assert grid.same_grid(GRID)
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / f"u{suffix}"), sitk.sitkVectorFloat64))
+    point = (-7.0 + 2 * 1.0, 5.0 + 1 * 2.0, 11.0 + 1 * 3.0)  # voxel z 1, y 1, x 2
+    np.testing.assert_allclose(transform.TransformPoint(point), np.add(point, u_mm[:, 1, 1, 2]), atol=1e-6)
+
+
+def test_a_header_that_claims_more_than_its_file_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    write_field(tmp_path / "u.nrrd", _field(), GRID)
+    text = (tmp_path / "u.nrrd").read_bytes().replace(b"sizes: 3 5 4 3", b"sizes: 3 900 900 900")
+    (tmp_path / "u.nrrd").write_bytes(text)
+    with pytest.raises(ValueError, match=r"GiB of voxels|the file can hold"):
+        read_field(tmp_path / "u.nrrd")
+
+
+def test_a_data_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    write_field(tmp_path / "u.nrrd", _field(), GRID)
+    text = (tmp_path / "u.nrrd").read_bytes().replace(b"encoding: gzip", b"encoding: gzip\ndata file: /etc/passwd")
+    (tmp_path / "u.nrrd").write_bytes(text)
+    with pytest.raises(ValueError, match="its data file must be one file in the header's own folder"):
+        read_field(tmp_path / "u.nrrd")
+
+
+def test_truncated_and_infinite_fields_are_refused(tmp_path: Path) -> None:
+    write_field(tmp_path / "u.mha", _field(), GRID)
+    whole = (tmp_path / "u.mha").read_bytes()
+    (tmp_path / "u.mha").write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match=r"u\.mha"):
+        read_field(tmp_path / "u.mha")
+    u_mm = _field()
+    u_mm[0, 0, 0, 0] = np.inf
+    write_field(tmp_path / "v.mha", u_mm, GRID)
+    with pytest.raises(ValueError, match="infinite displacements"):
+        read_field(tmp_path / "v.mha")
