@@ -52,3 +52,27 @@ def test_truncated_and_infinite_fields_are_refused(tmp_path: Path) -> None:
     write_field(tmp_path / "v.mha", u_mm, GRID)
     with pytest.raises(ValueError, match="infinite displacements"):
         read_field(tmp_path / "v.mha")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "elementdatafile = LOCAL\nElementDataFile = secret.raw\n",
+        "ElementDataFile : secret.raw\nElementDataFile = LOCAL\n",
+    ],
+)
+def test_voxels_of_another_file_are_never_taken(tmp_path: Path, lines: str) -> None:
+    (tmp_path / "secret.raw").write_bytes(np.full(3 * 60, 7, "<f4").tobytes())
+    header = (
+        "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nDimSize = 5 4 3\n"
+        "ElementSpacing = 1 1 1\nElementNumberOfChannels = 3\nElementType = MET_FLOAT\n"
+    )
+    path = tmp_path / "in" / "u.mha"
+    path.parent.mkdir()
+    lines = lines.replace("secret.raw", str(tmp_path / "secret.raw"))
+    path.write_bytes((header + lines).encode() + np.zeros(3 * 60, "<f4").tobytes())
+    try:
+        u_mm, _ = read_field(path)
+    except ValueError:
+        return
+    assert not (u_mm == 7).any()

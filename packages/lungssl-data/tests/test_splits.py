@@ -1,6 +1,6 @@
 import pytest
 from lungssl_data.pair import CacheError
-from lungssl_data.splits import FRACTIONS, assign_splits
+from lungssl_data.splits import FRACTIONS, assign_splits, keyed_person
 
 
 def test_shares_are_met_in_a_large_cohort() -> None:
@@ -75,3 +75,18 @@ def test_a_collection_that_was_parted_cannot_be_joined_by_one_that_holds_its_peo
     before = assign_splits(own, {}, own)
     with pytest.raises(CacheError, match="may be one person and in two splits"):
         assign_splits([*own, "b"], before, own | {"b": "nlst:?lung250m/1"})
+
+
+def test_keyed_ids_part_and_join_the_same_people() -> None:
+    key = bytes(range(32))
+    plain = {f"a{i}": f"tcia-4dlung:{i}" for i in range(6)}
+    plain |= {f"b{i}": f"tcia-4dlung:?lung250m/03{i}" for i in range(6)} | {f"c{i}": f"copd-{i}" for i in range(6)}
+    plain |= {"d0": "copd-0", "e0": "Somebody:1"}
+    keyed = {patient: keyed_person(person, key) for patient, person in plain.items()}
+    assert not any("Somebody" in person or "copd" in person for person in keyed.values())
+    for persons in (plain, keyed):
+        splits = assign_splits(persons, {}, persons)
+        assert len({splits[name] for name in persons if name[0] in "ab"}) == 1
+        assert splits["c0"] == splits["d0"]
+    alone = {patient: person for patient, person in keyed.items() if patient[0] == "a"}
+    assert len(set(assign_splits(alone, {}, alone).values())) == 3

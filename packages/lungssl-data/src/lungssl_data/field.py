@@ -4,7 +4,6 @@
 (`registration.md`, convention traps).
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,7 @@ import SimpleITK as sitk
 from jaxtyping import Float32
 from numpy import ndarray
 
-from lungssl_data.readers import files_of
-from lungssl_data.readers.checks import check_file
+from lungssl_data.readers.itk import read_vectors
 from lungssl_data.volume import Geometry
 
 SUFFIXES = (".nrrd", ".mha")
@@ -25,33 +23,12 @@ def read_field(path: Path) -> tuple[Float32[ndarray, "3 z y x"], Geometry]:
     Raises ValueError for other formats, damaged files, non-vector images, oblique grids and infinite displacements.
     """
     _check_suffix(path)
-    stored = sum(file.stat().st_size for file in files_of(path))  # refuses data files elsewhere
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO" if path.suffix == ".mha" else "NrrdImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        claim = math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * 4  # a component is a float32 or wider
-        check_file(claim, stored, encoding="gzip", name=path.name)
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path.name}: not a readable vector image; expected .nrrd or .mha with 3 components"
-        ) from error
-    if image.GetNumberOfComponentsPerPixel() != 3 or image.GetDimension() != 3:
-        raise ValueError(
-            f"{path.name}: {image.GetNumberOfComponentsPerPixel()} components in {image.GetDimension()}-D; "
-            f"a displacement field has 3 components in 3-D"
-        )
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    if not np.allclose(direction, np.eye(3), atol=1e-6):
+    vectors, geometry = read_vectors(path)
+    if not np.allclose(geometry.direction, np.eye(3), atol=1e-6):
         raise ValueError(f"{path.name}: the grid is not axis-aligned with LPS; resample the field first")
-    array = np.moveaxis(sitk.GetArrayFromImage(image), -1, 0).astype(np.float32)
+    array = np.moveaxis(vectors, -1, 0).astype(np.float32)
     if np.isinf(array).any():
         raise ValueError(f"{path.name}: holds infinite displacements; write NaN where the field is not known")
-    geometry = Geometry(
-        shape=array.shape[1:], spacing_mm=image.GetSpacing(), origin_mm=image.GetOrigin(), direction=np.eye(3)
-    )
     return np.ascontiguousarray(array), geometry
 
 

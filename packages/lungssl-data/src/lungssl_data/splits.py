@@ -13,10 +13,13 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
+from lungssl_data.ids import keyed_id
 from lungssl_data.pair import CacheError, Split
 
 FRACTIONS: dict[Split, float] = {"train": 0.60, "val": 0.15, "test": 0.25}
 """`domain.md` F."""
+SHARED_COLLECTIONS = ("nlst", "tcia-4dlung", "tcia-ventilation")
+"""Whose people others hold without saying who is who; `keyed_person` leaves these names readable."""
 
 
 def assign_splits(
@@ -54,16 +57,27 @@ def assign_splits(
     return result
 
 
+def keyed_person(person: str, key: bytes) -> str:
+    """A person's id as a keyed hash that `assign_splits` parts and joins as it did the id itself."""
+    collection, colon, number = person.partition(":")
+    if not colon or collection not in SHARED_COLLECTIONS:
+        return keyed_id(person, key)
+    teller, slash, case = number.partition("/")
+    if number.startswith("?") and slash:
+        return f"{collection}:{teller}/{keyed_id(case, key)}"
+    return f"{collection}:{keyed_id(number, key)}"
+
+
 def _told_apart(persons: Mapping[str, str]) -> dict[str, str]:
     """Each patient's person, or the collection whose people can't be told apart among these patients."""
     tellers: dict[str, set[str]] = defaultdict(set)
     for person in persons.values():
         collection, colon, number = person.partition(":")
-        if colon:
+        if colon and collection in SHARED_COLLECTIONS:
             tellers[collection].add(number.partition("/")[0] if number.startswith("?") else "")
 
     def merged(person: str) -> str:
         collection, colon, _ = person.partition(":")
-        return collection if colon and len(tellers[collection]) > 1 else person
+        return collection if colon and len(tellers.get(collection, ())) > 1 else person
 
     return {patient: merged(person) for patient, person in persons.items()}

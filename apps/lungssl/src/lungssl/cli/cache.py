@@ -115,10 +115,11 @@ def _with_keyed_ids(sources: list[Any]) -> list[Any]:
     from dataclasses import replace
 
     from lungssl_data.ids import keyed_id, load_key
+    from lungssl_data.splits import keyed_person
 
     key = load_key()
     return [
-        replace(s, patient=keyed_id(s.patient, key), person=keyed_id(s.person, key) if s.person else "")
+        replace(s, patient=keyed_id(s.patient, key), person=keyed_person(s.person, key) if s.person else "")
         for s in sources
     ]
 

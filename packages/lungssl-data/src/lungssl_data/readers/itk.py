@@ -88,6 +88,36 @@ def read(path: Path) -> tuple[Stored, Geometry]:
     return Stored(values=sitk.GetArrayFromImage(image).reshape(z, y, x)), geometry
 
 
+def read_vectors(path: Path) -> tuple[Shaped[ndarray, "z y x 3"], Geometry]:
+    """An image of three components per voxel, float32 or float64, and its grid; VolumeError for any other."""
+    require_file(path)
+    metaimage = path.suffix.lower() in (".mha", ".mhd")
+    data = _metaimage_data(path) if metaimage else _nrrd_data(path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO" if metaimage else "NrrdImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise damaged(path.name) from error
+    dtype = {sitk.sitkVectorFloat32: "f4", sitk.sitkVectorFloat64: "f8"}.get(reader.GetPixelID())
+    size = reader.GetSize()
+    # Voxels are read here and never by SimpleITK, whose parser may find another data file in the same header.
+    expected = tuple(size) if metaimage else (3, *size)
+    if dtype is None or reader.GetNumberOfComponents() != 3 or len(size) != 3 or data.encoding not in ("raw", "gzip"):
+        raise VolumeError(
+            "is no 3-D image of 3 float components per voxel; write it as a displacement field does", name=path.name
+        )
+    if data.sizes != expected:
+        raise damaged(path.name)
+    x, y, z = (int(n) for n in size)
+    claim = 3 * x * y * z * np.dtype(dtype).itemsize
+    check_file(claim, data.path.stat().st_size, encoding=data.encoding, name=path.name)
+    affine = np.column_stack([np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing(), reader.GetOrigin()])
+    flat = _voxels(data, (z, y, 3 * x), np.dtype(dtype), path.name)
+    return flat.reshape(z, y, x, 3), geometry_of(affine, (z, y, x), path.name)
+
+
 def files_of(path: Path) -> list[Path]:
     """The header and, where it is detached, its data file."""
     require_file(path)
