@@ -49,17 +49,8 @@ class _Data:
 
 def read(path: Path) -> tuple[Stored, Geometry]:
     """Voxels and their grid; space "RAS" of NRRD arrives as LPS. 4-D files pass if they hold one frame."""
-    require_file(path)
     name = path.name
-    metaimage = path.suffix.lower() in (".mha", ".mhd")
-    data = _metaimage_data(path) if metaimage else _nrrd_data(path)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO" if metaimage else "NrrdImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise damaged(name) from error
+    data, reader = _opened(path)
     size = reader.GetSize()
     if len(size) < 3 or any(n != 1 for n in size[3:]) or min(size) < 1 or reader.GetNumberOfComponents() != 1:
         raise VolumeError(
@@ -90,20 +81,11 @@ def read(path: Path) -> tuple[Stored, Geometry]:
 
 def read_vectors(path: Path) -> tuple[Shaped[ndarray, "z y x 3"], Geometry]:
     """An image of three components per voxel, float32 or float64, and its grid; VolumeError for any other."""
-    require_file(path)
-    metaimage = path.suffix.lower() in (".mha", ".mhd")
-    data = _metaimage_data(path) if metaimage else _nrrd_data(path)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO" if metaimage else "NrrdImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise damaged(path.name) from error
+    data, reader = _opened(path)
     dtype = {sitk.sitkVectorFloat32: "f4", sitk.sitkVectorFloat64: "f8"}.get(reader.GetPixelID())
     size = reader.GetSize()
     # Voxels are read here and never by SimpleITK, whose parser may find another data file in the same header.
-    expected = tuple(size) if metaimage else (3, *size)
+    expected = tuple(size) if _is_metaimage(path) else (3, *size)
     if dtype is None or reader.GetNumberOfComponents() != 3 or len(size) != 3 or data.encoding not in ("raw", "gzip"):
         raise VolumeError(
             "is no 3-D image of 3 float components per voxel; write it as a displacement field does", name=path.name
@@ -120,9 +102,7 @@ def read_vectors(path: Path) -> tuple[Shaped[ndarray, "z y x 3"], Geometry]:
 
 def files_of(path: Path) -> list[Path]:
     """The header and, where it is detached, its data file."""
-    require_file(path)
-    metaimage = path.suffix.lower() in (".mha", ".mhd")
-    data = _metaimage_data(path) if metaimage else _nrrd_data(path)
+    data = _located(path)
     return [path] if data.path == path else [path, data.path]
 
 
@@ -133,6 +113,28 @@ def write(path: Path, values: Shaped[ndarray, "z y x"], geometry: Geometry) -> N
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(geometry.direction.ravel().tolist())
     sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def _is_metaimage(path: Path) -> bool:
+    return path.suffix.lower() in (".mha", ".mhd")
+
+
+def _located(path: Path) -> _Data:
+    require_file(path)
+    return _metaimage_data(path) if _is_metaimage(path) else _nrrd_data(path)
+
+
+def _opened(path: Path) -> tuple[_Data, sitk.ImageFileReader]:
+    """Where the voxels are, by our parser, and SimpleITK's reader with the header read."""
+    data = _located(path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO" if _is_metaimage(path) else "NrrdImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise damaged(path.name) from error
+    return data, reader
 
 
 def _dtype(pixel_id: int) -> np.dtype:
