@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,11 @@ from lungssl_data.building import hashes
 from lungssl_data.building.hashes import HashStore
 from lungssl_data.building.locks import Locks, sweep
 from lungssl_data.building.plan import decide_splits, shard_of
+from lungssl_data.building.workers import Workers
 from lungssl_data.cache import PairCache
+from lungssl_data.cache_index import this_machine
 from lungssl_data.field import read_field, write_field
+from lungssl_data.ids import ids_of
 from lungssl_data.layouts import read_layout
 from lungssl_data.layouts.source import PairSource, ScanSource
 from lungssl_data.pair import CacheError, Landmarks
@@ -195,6 +199,60 @@ def test_a_worker_that_is_killed_costs_its_patient_and_no_other(cohort: Path, tm
     assert not list((tmp_path / "cache").glob(".*.lock")) and not list((tmp_path / "cache").glob(".*.tmp"))
 
 
+def test_a_worker_that_dies_at_its_start_costs_its_patient_and_says_so(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn = Workers._spawn
+
+    def stillborn(self: Workers) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr("lungssl_data.building.workers._work", os._exit)
+            worker = spawn(self)
+        worker.process.join()
+        return worker
+
+    monkeypatch.setattr(Workers, "_spawn", stillborn)
+    built = list(build_cache(read_layout("folder", cohort), tmp_path / "cache", config=CONFIG, jobs=1))
+    assert [b.outcome for b in built] == ["failed", "failed"]
+    assert all("was killed or crashed (exit code 1)" in b.message for b in built)
+
+
+def test_one_scan_under_two_names_is_told_and_the_same_person_is_not(cohort: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort / "p1", cohort / "p3")
+    shutil.copy(cohort / "p2" / "exhale.nii.gz", cohort / "p2" / "inhale.nii.gz")
+    (cohort / "p2" / "inhale.mha").unlink()
+    sources = read_layout("folder", cohort)
+    built = {b.patient: b for b in build_cache(sources, tmp_path / "cache", config=CONFIG, phase_check="warn")}
+    assert built["p1"].warnings == ()
+    assert [text.split(",")[0] for text in built["p3"].warnings] == [
+        "exhale: the same file as of p1",
+        "inhale: the same file as of p1",
+    ]
+    assert "exhale and inhale are the same files" in " ".join(built["p2"].warnings)
+    again = [replace(source, person="one") for source in sources if source.patient != "p2"]
+    rebuilt = list(build_cache(again, tmp_path / "anew", config=CONFIG))
+    assert [b.warnings for b in rebuilt] == [(), ()]
+
+
+def test_a_folder_keeps_to_one_kind_of_ids(cohort: Path, tmp_path: Path) -> None:
+    sources = read_layout("folder", cohort)[:1]
+    first, other = ids_of(b"1" * 32), ids_of(b"2" * 32)
+    assert first != other and "1" * 8 not in first
+    for _ in range(2):
+        list(build_cache(sources, tmp_path / "cache", config=CONFIG, ids=first))
+    for ids in ("as given", other):
+        with pytest.raises(CacheError, match=f"has patient ids {first}, and this build's are {ids}: one patient"):
+            list(build_cache(sources, tmp_path / "cache", config=CONFIG, ids=ids))
+
+
+def test_a_patient_that_fails_now_keeps_its_earlier_file_and_says_so(cohort: Path, tmp_path: Path) -> None:
+    outcomes(cohort, tmp_path / "cache")
+    (cohort / "p1" / "exhale.nii.gz").write_bytes(b"damaged")
+    outcome, message = outcomes(cohort, tmp_path / "cache")["p1"]
+    assert outcome == "failed" and "the cache keeps its file of an earlier build" in message
+    assert PairCache(tmp_path / "cache").patients == ["p1", "p2"]
+
+
 def test_a_patient_over_its_limits_fails_alone(cohort: Path, tmp_path: Path) -> None:
     (cohort / "p2" / "exhale.nii.gz").unlink()
     sources = read_layout("folder", cohort)[1:]
@@ -234,10 +292,11 @@ def test_two_builders_of_one_folder_make_each_patient_once(cohort: Path, tmp_pat
 @pytest.mark.parametrize(
     ("content", "age_s", "ours"),
     [
-        ({"host": socket.gethostname(), "pid": "dead", "started": ""}, 1, True),
-        ({"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}, 1, True),  # the pid is another's now
-        ({"host": "elsewhere", "pid": 1, "started": "1"}, 60, False),
-        ({"host": "elsewhere", "pid": 1, "started": "1"}, 700, True),
+        ({"machine": this_machine(), "pid": "dead", "started": ""}, 1, True),
+        ({"machine": this_machine(), "pid": os.getpid(), "started": "1"}, 1, True),  # the pid is another's now
+        ({"machine": f"{socket.gethostname()}-0", "pid": "dead", "started": "1"}, 60, False),  # another container
+        ({"machine": "elsewhere", "pid": 1, "started": "1"}, 60, False),
+        ({"machine": "elsewhere", "pid": 1, "started": "1"}, 700, True),
         (None, 1, False),
         (None, 30, True),
     ],
@@ -257,9 +316,9 @@ def test_a_lock_of_the_dead_is_taken_over_and_one_of_the_living_is_not(
 
 
 def test_what_dead_writers_left_is_swept_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
-    dead = tmp_path / f".p1.{socket.gethostname()}.{dead_pid()}.tmp"
-    alive = tmp_path / f".p1.{socket.gethostname()}.{os.getpid()}.tmp"
-    elsewhere = tmp_path / f".p1.elsewhere.{dead_pid()}.tmp"
+    dead = tmp_path / f".p1.{this_machine()}.{dead_pid()}-0a.tmp"
+    alive = tmp_path / f".p1.{this_machine()}.{os.getpid()}-0a.tmp"
+    elsewhere = tmp_path / f".p1.{socket.gethostname()}-0.{dead_pid()}-0a.tmp"
     for path in (dead, alive, elsewhere):
         path.write_text("")
     sweep(tmp_path)

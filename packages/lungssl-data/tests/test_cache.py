@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import pickle
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,25 @@ def test_verify_names_the_data_set_whose_bytes_changed(tmp_path: Path, make_pair
     assert dict(PairCache(tmp_path).verify()) == {"p01": ["/inhale/lung: checksum differs"]}
 
 
+@pytest.mark.parametrize("damage", ["origin", "lobes", "affine", "split", "landmarks"])
+def test_verify_finds_what_no_data_sets_checksum_covers(tmp_path: Path, make_pair: MakePair, damage: str) -> None:
+    path = write_pair(make_pair(), tmp_path)
+    with h5py.File(path, "r+") as file:
+        if damage == "origin":
+            file["exhale"].attrs["origin_mm"] = (-39.5, 12.0, 5.0)
+        elif damage == "affine":
+            file["exhale_to_inhale"].attrs["affine"] = np.eye(3, 4)
+        elif damage == "split":
+            file.attrs["split"] = "test"
+        elif damage == "lobes":
+            del file["exhale/valid"]
+        else:
+            file["exhale_to_inhale/landmarks_expert"] = np.zeros((1, 2, 3))
+            file["exhale_to_inhale/landmarks_expert"].attrs["crc32"] = zlib.crc32(bytes(48))
+    problems = dict(PairCache(tmp_path).verify())["p01"]
+    assert problems == ["/: an attribute changed, or a data set was added or taken away"]
+
+
 def test_a_truncated_file_is_named_with_the_next_step(tmp_path: Path, make_pair: MakePair) -> None:
     path = write_pair(make_pair(), tmp_path)
     path.write_bytes(path.read_bytes()[:200])
@@ -216,7 +236,7 @@ def test_another_format_is_refused(tmp_path: Path, make_pair: MakePair) -> None:
     path = write_pair(make_pair(), tmp_path)
     with h5py.File(path, "r+") as file:
         file.attrs["format"] = 99
-    with pytest.raises(CacheError, match="cache format 99, this lungssl reads 2"):
+    with pytest.raises(CacheError, match="cache format 99, this lungssl reads 3"):
         PairCache(tmp_path)
 
 

@@ -247,6 +247,7 @@ def test_a_header_cannot_reach_outside_its_folder(tmp_path: Path, target: str) -
     folder = tmp_path / "scan"
     folder.mkdir()
     (tmp_path / "secret.raw").write_bytes(b"\0" * 48)
+    (folder / "LIST").write_bytes(b"\0" * 48)
     (folder / "a.mhd").write_text(
         f"ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\nElementDataFile = {target}\n"
     )
@@ -256,6 +257,24 @@ def test_a_header_cannot_reach_outside_its_folder(tmp_path: Path, target: str) -
     for name in ("a.mhd", "a.nhdr"):
         with pytest.raises(VolumeError, match=f"{name}: its data file must be one file in the header's own folder"):
             read_volume(folder / name)
+
+
+@pytest.mark.parametrize("line", ["transformmatrix = 1 0 0 0 1 0 0 0 -1", "elementdatafile = b.raw", "Offset : 1 2 3"])
+def test_a_metaimage_header_is_spelled_as_simpleitk_reads_it(tmp_path: Path, line: str) -> None:
+    header = (
+        f"ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\n{line}\nElementDataFile = LOCAL\n"
+    )
+    (tmp_path / "a.mha").write_bytes(header.encode() + b"\0" * 48)
+    (tmp_path / "b.raw").write_bytes(b"\0" * 48)
+    with pytest.raises(VolumeError, match="header is not spelled as MetaImage's are; export it again"):
+        read_volume(tmp_path / "a.mha")
+
+
+def test_a_nrrd_of_text_is_refused(tmp_path: Path) -> None:
+    header = "NRRD0004\ntype: short\ndimension: 3\nsizes: 1 1 2\nencoding: ascii\n\n1 2\n"
+    (tmp_path / "a.nrrd").write_text(header)
+    with pytest.raises(VolumeError, match="its voxels are neither raw nor gzip; export it as one of them"):
+        read_volume(tmp_path / "a.nrrd")
 
 
 def test_unknown_missing_and_unwritable_paths_say_what_to_do(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Building a pair cache from files: what is done already stays, what fails is reported, the rest goes on.
 
     <cache>/build.jsonl      one line per patient of each build: outcome, message, warnings, seconds
+    <cache>/.ids             whether patient ids are as given or keyed, and with which key (`building/plan.py`)
     <cache>/.splits.json     the split of every patient ever listed (`building/plan.py`)
     <cache>/.hashes.jsonl    content hashes of source files (`building/hashes.py`); safe to delete
     <cache>/.<patient>.lock  a patient that a builder is at work on (`building/locks.py`)
@@ -13,13 +14,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lungssl_data.building.duplicates import EqualScans
 from lungssl_data.building.hashes import append
 from lungssl_data.building.locks import STALE_S, Locks, sweep
 from lungssl_data.building.patient import Built, PhaseCheck, Recipe, build_patient, pair_from_source
-from lungssl_data.building.plan import decide_splits, known_patients, shard_of
+from lungssl_data.building.plan import decide_splits, keep_to_ids, known_patients, patient_in, shard_of
 from lungssl_data.building.workers import Workers
 from lungssl_data.cache_index import rebuild_index
 from lungssl_data.layouts.source import PairSource
@@ -41,6 +44,7 @@ def build_cache(
     jobs: int = 0,
     shard: tuple[int, int] = (1, 1),
     phase_check: PhaseCheck = "fail",
+    ids: str = "as given",
     time_limit_s: float | None = None,
     memory_limit_gib: float | None = None,
     lock_stale_s: float = STALE_S,
@@ -53,6 +57,7 @@ def build_cache(
     `jobs` processes work side by side and may die without harm to other patients; with 0 all happens in this process,
     and the two limits, which are those of a process, can't be given. `shard` (i, n) builds the i-th of n parts; splits
     are those of the whole list. `phase_check` says whether an inhale with less gas than its exhale fails its patient.
+    `ids` says of what kind the patients' ids are (`ids.ids_of`); a folder keeps to one kind.
     """
     names = [source.patient for source in sources]
     if len(set(names)) < len(names):
@@ -64,7 +69,10 @@ def build_cache(
     sweep(folder)
     locks = Locks(folder, stale_s=lock_stale_s)
     try:
-        splits = decide_splits(sources, folder, known_patients(folder), locks)
+        keep_to_ids(folder, ids, locks)
+        known = known_patients(folder)
+        splits = decide_splits(sources, folder, known, locks)
+        equal_scans = EqualScans(known.values())
         recipe = Recipe(
             folder=folder,
             config=config,
@@ -78,6 +86,9 @@ def build_cache(
             workers = Workers(jobs, recipe, time_limit_s=time_limit_s, memory_limit_gib=memory_limit_gib)
             outcomes = _in_workers(mine, splits, workers, locks)
         for built in outcomes:
+            record = patient_in(folder, built.patient) if built.outcome == "built" else None
+            if record is not None:
+                built = replace(built, warnings=(*built.warnings, *equal_scans.warnings(record)))
             _log(folder, built)
             yield built
     finally:

@@ -1,6 +1,7 @@
 """Pair cache: a folder with one HDF5 file per patient, written once, atomically.
 
-    <patient>.h5                 attrs: format, patient, person, split, key (what the file was made from and how)
+    <patient>.h5                 attrs: format, patient, person, split, key (what the file was made from and how),
+                                 head_sha256 (over all other attributes, names and shapes in the file)
       /exhale                    attrs: spacing_mm, origin_mm as (x, y, z) in LPS; source_sha256; lung_ml
       /exhale/ct           int16 [z, y, x]  Hounsfield units; padding and everything outside the scanner's view -1000
       /exhale/valid        uint8 [z, y, x]  1 where the scanner measured
@@ -119,8 +120,8 @@ class PairCache:
         with open_patient_file(self._path(record.patient)) as file:
             return PhasePair(
                 patient=record.patient,
-                exhale=self._scan(record, "exhale", file["exhale"].attrs["source_sha256"]) if record.exhale else None,
-                inhale=self._scan(record, "inhale", file["inhale"].attrs["source_sha256"]) if record.inhale else None,
+                exhale=self._scan(record, "exhale") if record.exhale else None,
+                inhale=self._scan(record, "inhale") if record.inhale else None,
                 exhale_to_inhale=np.asarray(affine) if affine else None,
                 affine_provenance=file["exhale_to_inhale"].attrs["provenance"] if affine else "",
                 displacement=read_displacement(file) if record.has_displacement else None,
@@ -249,7 +250,7 @@ class PairCache:
                     f"delete the patient's file and rerun `lungssl cache build`"
                 ) from error
 
-    def _scan(self, record: PatientRecord, phase: Phase, source_sha256: str) -> PhaseScan:
+    def _scan(self, record: PatientRecord, phase: Phase) -> PhaseScan:
         known = self.phase_record(record.patient, phase)
 
         def whole(name: str) -> ndarray:
@@ -263,5 +264,5 @@ class PairCache:
             lesion=whole("lesion") if "lesion" in known.datasets else None,
             spacing_mm=known.spacing_mm,
             origin_mm=known.origin_mm,
-            source_sha256=source_sha256,
+            source_sha256=known.source_sha256,
         )

@@ -1,5 +1,7 @@
 """One patient's file of the cache: what goes in, what comes out, is it whole. The format is in `cache.py`."""
 
+import hashlib
+import json
 import zlib
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,6 +65,20 @@ def write_patient(file: Node, pair: PhasePair, compression: Compression) -> None
         )
     for kind, points in pair.landmarks.items():
         _array(file, LANDMARKS.format(kind), np.stack([points.exhale_mm, points.inhale_mm], axis=1))
+    file.attrs["head_sha256"] = head_sha256(file)
+
+
+def head_sha256(file: Node) -> str:
+    """Hash of all that the data sets' checksums leave out: which there are, their shapes, and every attribute."""
+    head = {"/": _attributes(file)}
+
+    def visit(name: str, item: Node) -> None:
+        shape = [list(item.shape), item.dtype.str] if isinstance(item, h5py.Dataset) else []
+        head[name] = {"shape": shape, **_attributes(item)}
+
+    file.visititems(visit)
+    head["/"].pop("head_sha256", None)
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
 
 def read_displacement(file: Node) -> Displacement:
@@ -87,7 +103,7 @@ def read_landmarks(file: Node) -> dict[LandmarkKind, Landmarks]:
 
 
 def check_file(path: Path) -> list[str]:
-    """Problems of one file: unreadable, or a dataset whose bytes changed."""
+    """Problems of one file: unreadable, or something in it that changed since it was written."""
     problems: list[str] = []
     try:
         with open_patient_file(path) as file:
@@ -100,12 +116,18 @@ def check_file(path: Path) -> list[str]:
                         problems.append(f"/{name}: {problem}")
 
             file.visititems(visit)
+            if file.attrs["head_sha256"] != head_sha256(file):
+                problems.append("/: an attribute changed, or a data set was added or taken away")
             for phase in patient_record(file).phases():
                 if not len(file[phase]["lung_points_vox"]):
                     problems.append(f"/{phase}: empty lung mask")
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
         problems.append(f"unreadable ({type(error).__name__})")
     return problems
+
+
+def _attributes(item: Node) -> dict[str, Any]:
+    return {name: np.asarray(value).tolist() for name, value in item.attrs.items()}
 
 
 def _problem(file: Node, name: str, content: ndarray) -> str:

@@ -1,8 +1,11 @@
 """What is in each patient file, known without reading voxels; kept in `index.json`, rebuilt from the files."""
 
+import functools
+import hashlib
 import json
 import os
 import re
+import secrets
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ import h5py
 
 from lungssl_data.pair import CacheError, LandmarkKind, Phase, Split
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LANDMARKS = "exhale_to_inhale/landmarks_{}"
 """Where the landmarks of each kind are in a patient file."""
 
@@ -28,6 +31,7 @@ class PhaseRecord:
     origin_mm: tuple[float, float, float]
     lung_ml: float
     datasets: tuple[str, ...]
+    source_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +77,21 @@ def read_index(folder: Path, *, trust: bool = True) -> list[PatientRecord]:
 
 
 def temporary_path(folder: Path, name: str) -> Path:
-    """Where this process writes a file before it is published: `.<name>.<host>.<pid>.tmp`, no dot in any part."""
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-    return folder / f".{name}.{host}.{os.getpid()}.tmp"
+    """Where a file is written before it is published: `.<name>.<machine>.<pid>-<random>.tmp`, no dot in any part."""
+    return folder / f".{name}.{this_machine()}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+@functools.cache
+def this_machine() -> str:
+    """Names what a process id is counted in: host, boot and process namespace. Containers often share a host's name."""
+    parts = [socket.gethostname()]
+    for path in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
+        try:
+            parts.append(os.readlink(path) if path.is_symlink() else path.read_text(encoding="ascii").strip())
+        except OSError:
+            parts.append("")  # not Linux
+    host = re.sub(r"[^A-Za-z0-9-]", "-", parts[0])
+    return f"{host}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
 def _known(index_path: Path) -> dict[str, dict[str, Any]]:
@@ -105,6 +121,7 @@ def _record_from_json(entry: dict[str, Any]) -> PatientRecord:
             origin_mm=triple(data["origin_mm"]),
             lung_ml=data["lung_ml"],
             datasets=tuple(data["datasets"]),
+            source_sha256=data["source_sha256"],
         )
 
     affine = entry["exhale_to_inhale"]
@@ -132,6 +149,7 @@ def patient_record(file: Node) -> PatientRecord:
             origin_mm=triple(group.attrs["origin_mm"]),
             lung_ml=float(group.attrs["lung_ml"]),
             datasets=tuple(group),
+            source_sha256=str(group.attrs["source_sha256"]),
         )
 
     affine = file["exhale_to_inhale"].attrs.get("affine") if "exhale_to_inhale" in file else None

@@ -28,6 +28,11 @@ def keyed_id(text: str, key: bytes, *, prefix: str = "p") -> str:
     return prefix + hmac.new(key, f"{prefix}\0{text}".encode(), hashlib.sha256).hexdigest()[:ID_DIGITS]
 
 
+def ids_of(key: bytes) -> str:
+    """What a cache keeps to know its ids again: that they are keyed, and a fingerprint of the key."""
+    return f"keyed by {keyed_id('', key, prefix='key')}"
+
+
 def load_key(path: Path | None = None) -> bytes:
     """The key in `path`, else in $LUNGSSL_ID_KEY_FILE, else in the user's configuration folder, made there if absent.
 

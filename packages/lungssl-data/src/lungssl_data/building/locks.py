@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lungssl_data.cache_index import this_machine
+
 BEAT_S = 20.0
 """A held lock is touched this often."""
 STALE_S = 600.0
-"""A lock of another host untouched for this long has no builder any more; clocks of one cluster agree far better."""
+"""A lock of another machine untouched for this long has no builder any more; clocks of one cluster agree far better."""
 UNWRITTEN_S = 5.0
 """A lock still empty after this long lost its writer between creating and filling it."""
-_TEMPORARY = re.compile(r"\.(?P<patient>[^.]+)(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp")
+_TEMPORARY = re.compile(r"\.(?P<patient>[^.]+)(?:\.(?P<machine>[^.]+))?\.(?P<pid>\d+)(?:-[0-9a-f]+)?\.tmp")
 
 
 class Locks:
@@ -29,7 +30,7 @@ class Locks:
 
     def __init__(self, folder: Path, *, stale_s: float = STALE_S) -> None:
         self._folder, self._stale_s = folder, stale_s
-        self._mine = json.dumps({"host": _HOST, "pid": os.getpid(), "started": _started(os.getpid())})
+        self._mine = json.dumps({"machine": this_machine(), "pid": os.getpid(), "started": _started(os.getpid())})
         self._held: set[Path] = set()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -50,6 +51,10 @@ class Locks:
             self._held.add(path)
             return True
         return False
+
+    def holds(self, name: str) -> bool:
+        """Whether a lock that was acquired is still ours: a process asleep for long may lose it."""
+        return _content(self._folder / f".{name}.lock") == self._mine
 
     def release(self, name: str) -> None:
         """Give a lock back; nothing happens if it was lost meanwhile."""
@@ -93,7 +98,7 @@ class Locks:
         if not self._stale(content, age_s):
             return False
         # By renaming, which one of several takers does; if it turns out another's new lock, it goes back.
-        taken = path.with_name(f"{path.name}.{_HOST}.{os.getpid()}")
+        taken = path.with_name(f"{path.name}.{this_machine()}.{os.getpid()}")
         try:
             os.rename(path, taken)
         except FileNotFoundError:
@@ -111,14 +116,14 @@ class Locks:
     def _stale(self, content: str | None, age_s: float) -> bool:
         try:
             holder: dict[str, Any] = json.loads(content or "")
-            here, pid, started = holder["host"] == _HOST, int(holder["pid"]), holder["started"]
+            here, pid, started = holder["machine"] == this_machine(), int(holder["pid"]), holder["started"]
         except (ValueError, KeyError, TypeError):
             return age_s > UNWRITTEN_S
         return age_s > self._stale_s or (here and _started(pid) != started)
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files whose writers are dead: of this host at once, of others after an hour."""
+    """Remove temporary files whose writers are dead: of this machine at once, of others after an hour."""
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match is None:
@@ -128,7 +133,7 @@ def sweep(folder: Path) -> None:
         except FileNotFoundError:
             continue
         dead = _started(int(match["pid"])) is None
-        if age_s > 3600 or (dead and match["host"] == _HOST):
+        if age_s > 3600 or (dead and match["machine"] == this_machine()):
             path.unlink(missing_ok=True)
 
 
@@ -140,7 +145,7 @@ def _content(path: Path) -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host began, so that a reused pid is not taken for it; None for a dead one."""
+    """When a process of this machine began, so that a reused pid is not taken for it; None for a dead one."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -152,6 +157,3 @@ def _started(pid: int) -> str | None:
     except OSError:
         return ""  # no /proc: the pid alone must do
     return None if fields[0] == "Z" else fields[19]
-
-
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())  # as in `cache_index.temporary_path`

@@ -75,7 +75,10 @@ def build_patient(source: PairSource, split: Split, recipe: Recipe) -> Built:
     try:
         built = _build(source, split, recipe)
     except Exception as error:  # one patient's odd file must not end a night's build
-        built = Built(patient=source.patient, outcome="failed", message=_explained(error, source))
+        message = _explained(error, source)
+        if patient_in(recipe.folder, source.patient) is not None:
+            message += "; the cache keeps its file of an earlier build, delete that if it should not be used"
+        built = Built(patient=source.patient, outcome="failed", message=message)
     return replace(built, time_s=time.monotonic() - started)
 
 

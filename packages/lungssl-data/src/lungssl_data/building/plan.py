@@ -40,6 +40,23 @@ def shard_of(sources: Sequence[PairSource], shard: tuple[int, int]) -> list[Pair
     return [s for s in sources if int(hashlib.sha256(s.patient.encode()).hexdigest(), 16) % count == index - 1]
 
 
+def keep_to_ids(folder: Path, ids: str, locks: Locks) -> None:
+    """Hold a folder to one kind of ids, kept in `<folder>/.ids`; CacheError where it has another.
+
+    A patient under an id as given and under a keyed one, or under two keys, would count as two people.
+    """
+    path = folder / ".ids"
+    with locks.holding(".ids"):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if not before:
+            path.write_text(ids, encoding="utf-8")
+    if before not in ("", ids):
+        raise CacheError(
+            f"this cache has patient ids {before}, and this build's are {ids}: one patient would have two; "
+            f"build with the same ids and key as before, or into another folder"
+        )
+
+
 def decide_splits(
     sources: Sequence[PairSource], folder: Path, known: dict[str, PatientRecord], locks: Locks
 ) -> dict[str, Split]:
@@ -50,16 +67,20 @@ def decide_splits(
     Raises CacheError where sources demand different splits for one person.
     """
     path = folder / ".splits.json"
-    with locks.holding(".splits"):
-        before: dict[str, Split] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        fixed = dict(before)
-        fixed.update((patient, record.split) for patient, record in known.items())
-        fixed.update((source.patient, source.split) for source in sources if source.split is not None)
-        persons = {patient: record.person for patient, record in known.items()}
-        persons |= {source.patient: source.person for source in sources}
-        splits = assign_splits([*known, *(source.patient for source in sources)], fixed, persons)
-        if before | splits != before:
+    persons = {patient: record.person for patient, record in known.items()}
+    persons |= {source.patient: source.person for source in sources}
+    while True:
+        with locks.holding(".splits"):
+            before: dict[str, Split] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            fixed = dict(before)
+            fixed.update((patient, record.split) for patient, record in known.items())
+            fixed.update((source.patient, source.split) for source in sources if source.split is not None)
+            splits = assign_splits([*known, *(source.patient for source in sources)], fixed, persons)
+            if before | splits == before:
+                return splits
             temporary = temporary_path(folder, "_splits")
             temporary.write_text(json.dumps(before | splits, indent=0), encoding="utf-8")
-            os.replace(temporary, path)
-    return splits
+            if locks.holds(".splits"):  # else another builder has decided since: its decisions count
+                os.replace(temporary, path)
+                return splits
+            temporary.unlink()

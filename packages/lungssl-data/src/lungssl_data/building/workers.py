@@ -8,6 +8,7 @@ import multiprocessing
 import resource
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -54,7 +55,8 @@ class Workers:
                 self._remove(worker)
         else:
             worker = self._spawn()
-            worker.pipe.send((source, split))
+            with suppress(OSError):  # it died at its start: `finished` finds the pipe closed and says so
+                worker.pipe.send((source, split))
         worker.source, worker.started = source, time.monotonic()
 
     def finished(self, timeout_s: float) -> list[Built]:

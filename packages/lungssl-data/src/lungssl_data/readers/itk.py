@@ -1,7 +1,8 @@
 """MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr): grids by SimpleITK, voxels straight into their array.
 
 The header may name a data file anywhere on the disk: only the header's own file, or a plain name beside it, is let in.
-It is looked at as bytes before SimpleITK sees it; comments and key/value pairs are passed over.
+It is looked at as bytes before SimpleITK sees it; comments and key/value pairs are passed over. SimpleITK never reads
+voxels here: its parser might find another data file in the same header.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,16 @@ from lungssl_data.volume import Geometry
 _HEADER_BYTES = 1 << 16
 _METAIMAGE_NUMBERS = {"ElementSpacing": 1, "ElementSize": 1, "Offset": 1, "Position": 1, "Origin": 1}
 _METAIMAGE_NUMBERS |= {"TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
-_TEXT = ("ascii", "text", "txt", "hex")
+_ENCODINGS: dict[str, Literal["raw", "gzip"]] = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}
+_METAIMAGE_KEYS = {
+    key.lower(): key
+    for key in (
+        *_METAIMAGE_NUMBERS,
+        *("ObjectType", "NDims", "DimSize", "ElementType", "ElementDataFile", "HeaderSize", "ElementNumberOfChannels"),
+        *("BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData", "CompressedDataSize"),
+    )
+}
+"""As MetaIO spells what decides over grid and voxels; it passes over other spellings, which we must not read then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +49,7 @@ class _Data:
     path: Path
     offset: int | None
     """First byte; None: the last bytes of the file are the voxels."""
-    encoding: str
-    """raw, gzip or one of _TEXT."""
+    encoding: Literal["raw", "gzip"]
     order: Literal["<", ">"]
     """Of bytes: "<" or ">"."""
     sizes: tuple[int, ...]
@@ -63,20 +72,12 @@ def read(path: Path) -> tuple[Stored, Geometry]:
     dtype = _dtype(reader.GetPixelID())
     x, y, z = (int(n) for n in size[:3])
     claim = x * y * z * dtype.itemsize
-    # As text, a voxel takes one byte at least.
-    stored = data.path.stat().st_size * (dtype.itemsize if data.encoding in _TEXT else 1)
-    check_file(claim, stored, encoding="gzip" if data.encoding == "gzip" else "raw", name=name)
+    check_file(claim, data.path.stat().st_size, encoding=data.encoding, name=name)
     rank = len(size)
     direction = np.reshape(reader.GetDirection(), (rank, rank))[:3, :3]
     affine = np.column_stack([direction * np.asarray(reader.GetSpacing()[:3]), reader.GetOrigin()[:3]])
     geometry = geometry_of(affine, (z, y, x), name)
-    if data.encoding not in _TEXT:
-        return Stored(values=_voxels(data, (z, y, x), dtype, name)), geometry
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise damaged(name) from error
-    return Stored(values=sitk.GetArrayFromImage(image).reshape(z, y, x)), geometry
+    return Stored(values=_voxels(data, (z, y, x), dtype, name)), geometry
 
 
 def read_vectors(path: Path) -> tuple[Shaped[ndarray, "z y x 3"], Geometry]:
@@ -84,9 +85,8 @@ def read_vectors(path: Path) -> tuple[Shaped[ndarray, "z y x 3"], Geometry]:
     data, reader = _opened(path)
     dtype = {sitk.sitkVectorFloat32: "f4", sitk.sitkVectorFloat64: "f8"}.get(reader.GetPixelID())
     size = reader.GetSize()
-    # Voxels are read here and never by SimpleITK, whose parser may find another data file in the same header.
     expected = tuple(size) if _is_metaimage(path) else (3, *size)
-    if dtype is None or reader.GetNumberOfComponents() != 3 or len(size) != 3 or data.encoding not in ("raw", "gzip"):
+    if dtype is None or reader.GetNumberOfComponents() != 3 or len(size) != 3:
         raise VolumeError(
             "is no 3-D image of 3 float components per voxel; write it as a displacement field does", name=path.name
         )
@@ -168,9 +168,11 @@ def _metaimage_data(path: Path) -> _Data:
     while "elementdatafile" not in fields:
         line, newline, _ = header[end:].partition(b"\n")
         end += len(line) + len(newline)
-        key, _, value = (part.strip() for part in line.decode("latin-1").partition("="))
+        key, equals, value = (part.strip() for part in line.decode("latin-1").partition("="))
         if not newline and not key:
             raise VolumeError("has no ElementDataFile line, so it is not a MetaImage; export it again", name=path.name)
+        if (key and not equals) or _METAIMAGE_KEYS.get(key.lower(), key) != key:
+            raise VolumeError("its header is not spelled as MetaImage's are; export it again", name=path.name)
         if fields.setdefault(key.lower(), value) != value and key.lower() != "comment":
             raise VolumeError("its header states something twice; export it again", name=path.name)
     if not {"ndims", "dimsize", "elementtype"} <= fields.keys():
@@ -215,11 +217,9 @@ def _nrrd_data(path: Path) -> _Data:
     attached = "datafile" not in fields
     if attached and not newline:
         raise damaged(path.name)
-    encoding = {"gz": "gzip"}.get(fields.get("encoding", "").lower(), fields.get("encoding", "").lower())
-    if encoding not in ("raw", "gzip", *_TEXT):
-        raise VolumeError(
-            f"its encoding is none of raw, gzip, {', '.join(_TEXT)}; export it as one of them", name=path.name
-        )
+    encoding = _ENCODINGS.get(fields.get("encoding", "").lower())
+    if encoding is None:
+        raise VolumeError("its voxels are neither raw nor gzip; export it as one of them", name=path.name)
     skip = _integer(fields.get("byteskip", "0"), path)
     if _integer(fields.get("lineskip", "0"), path) or (skip and (encoding != "raw" or attached)):
         raise VolumeError("skips lines or bytes before its voxels; export it without", name=path.name)
@@ -254,7 +254,9 @@ def _sizes(text: str, path: Path) -> tuple[int, ...]:
 
 
 def _beside(header: Path, value: str) -> Path:
-    data = header.with_name(value) if value and Path(value).name == value and not set(value) & set("\\/% ") else None
+    plain = value and Path(value).name == value and not set(value) & set("\\/% ")
+    # "LIST" is a file's name to us, and to both formats the word for one file per slice.
+    data = header.with_name(value) if plain and value.upper() != "LIST" else None
     if data is None or not data.is_file() or data.resolve().parent != header.resolve().parent:
         raise VolumeError(
             "its data file must be one file in the header's own folder, named without a path; "
