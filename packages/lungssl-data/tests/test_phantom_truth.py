@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from lungssl_data.phantom import Phantom, PhantomConfig, PhantomPhase, make_phantom
+from lungssl_data.phantom import Phantom, PhantomConfig, PhantomPhase, make_phantom, pathology
 from lungssl_data.phantom.config import Pathology, PresetName
 from lungssl_data.phantom.motion import EFFUSION
 from lungssl_data.phantom.parenchyma import TISSUE_HU
@@ -91,6 +91,31 @@ def test_lesions_are_denser_and_the_same_tissue_in_both_phases(kind: Pathology) 
     grown = p.jacobian[p.exhale.lesion > 0].sum()
     assert (p.inhale.lesion > 0).sum() == pytest.approx(grown, rel=0.1)
     assert p.parameters["pathology"][kind]["blobs"] >= 1
+
+
+def test_crazy_paving_adds_the_same_septa_to_ground_glass_in_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PhantomConfig(preset="deep", seed=2, spacing_mm=3.0, pathology=("ground_glass",))
+    phantoms = []
+    for chance in (0.0, 1.0):
+        monkeypatch.setattr(pathology, "PAVED_CHANCE", chance)
+        phantoms.append(make_phantom(config))
+    plain, paved = phantoms
+    masses = []
+    for phase, other in ((paved.exhale, plain.exhale), (paved.inhale, plain.inhale)):
+        added = phase.parenchyma_hu - other.parenchyma_hu
+        inside = phase.lesion == GROUND_GLASS
+        assert np.array_equal(phase.lesion, other.lesion)
+        assert (added[inside] > 100).mean() > 0.05 and (added[inside] < 20).mean() > 0.2  # lines, with lobules between
+        masses.append(added[phase.lung > 0].sum())
+    assert masses[0] == pytest.approx(masses[1], rel=0.1)
+
+
+def test_septa_lie_half_way_between_lobules_and_are_as_thick_as_said() -> None:
+    x = np.arange(0.0, 300.0, 0.25)
+    shares = np.array([[pathology.septum_share(v, y, 40.0, 0.6) for v in x] for y in (10.0, 55.0, 103.0)])
+    # A line crosses a sheet of thickness d at an angle: d / cos, so 2 d on average, about every 10 mm.
+    assert 0.5 <= shares.mean() * 10.0 / (2 * pathology.SEPTUM_MM) <= 1.5
+    assert shares.max() > 0.8 and np.median(shares) < 0.05
 
 
 def test_collapse_is_labelled_where_it_lies() -> None:

@@ -44,8 +44,10 @@ from lungssl_data.phantom.pathology import (
     EMPHYSEMA,
     EMPHYSEMATOUS,
     GROUND_GLASS,
+    SEPTUM_TISSUE,
     effused,
     lesion_at,
+    septum_share,
 )
 from lungssl_data.phantom.points import callees
 from lungssl_data.volume import Geometry
@@ -127,10 +129,10 @@ def _render_slab(
                 lobe, oblique, minor = lobe_of(lung, kind, q, depth, v)
                 lobes[k, j, i] = lobe
                 height = lung_top(chest, q, depth) - diaphragm(chest, exhale, q, depth)
-                sick, weight, added, ragged = 0, 0.0, 0.0, 0.0
+                sick, weight, added, ragged, paved = 0, 0.0, 0.0, 0.0, False
                 if lung.blobs.shape[0] > 0:
                     ragged = 0.8 * sample(edges, 0.3 * x_e, 0.3 * y_e, 0.3 * z_e) + 0.6 * sample(edges, x_e, y_e, z_e)
-                    sick, weight, added = lesion_at(lung.blobs, ragged, x_e, y_e, z_e)
+                    sick, weight, added, paved = lesion_at(lung.blobs, ragged, x_e, y_e, z_e)
                 for phase in range(2):
                     if phase == 0 or not one_texture:
                         tissue = tissue_at_exhale(
@@ -138,6 +140,9 @@ def _render_slab(
                             oblique, minor, q, depth, x_e, y_e, z_e,
                         )  # fmt: skip
                         tissue = _sick(tissue, sick, weight, added, ragged)
+                        if paved and sick == GROUND_GLASS:
+                            septum = weight * septum_share(x_e, y_e, z_e, blur_mm)
+                            tissue += septum * max(SEPTUM_TISSUE - tissue, 0.0)
                         # Kept below this in both phases, so that no phase has to clip.
                         tissue = min(tissue, MOST_TISSUE * min(1.0, expansion))
                     fraction = tissue if (phase == 0) == at_exhale else tissue / expansion

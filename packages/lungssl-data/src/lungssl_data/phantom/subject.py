@@ -240,6 +240,6 @@ def _draw_parenchyma(
         fissure_mm=draw("fissure_mm", (0.3, 0.7)),
         fissure_gap=np.asarray(gaps),
         fissure_phase=np.asarray(angles),
-        blobs=np.zeros((0, 7)),
+        blobs=np.zeros((0, 8)),
         effusion=np.zeros(2),
     )
