@@ -13,11 +13,9 @@ Builders are forked from a process that has everything imported and no HDF5 file
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from lungssl_data.layouts.source import PairSource
 from lungssl_data.pair import PhasePair
 from lungssl_data.phantom import PhantomConfig, make_phantom, write_phantom
 from lungssl_data.prepare import PrepareConfig
+from lungssl_ops.measure import commit, machine
 
 CONFIG = PrepareConfig(spacing_mm=8.0)
 PATIENTS = 4
@@ -84,7 +83,9 @@ def main() -> None:
             "left_behind": sum(row["left_behind"] for row in rows),
             "kills_before_the_end": sum(row["done"] < PATIENTS for row in rows),
         },
-        "machine": machine() | {"quick": options.quick, "build_s": round(whole_s, 2)},
+        "machine": machine("cpu")
+        | {"load": round(os.getloadavg()[0], 1)}
+        | {"quick": options.quick, "build_s": round(whole_s, 2)},
         "commit": commit(),
         "rows": rows,
     }
@@ -173,25 +174,6 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return isinstance(other, np.ndarray) and one.dtype == other.dtype and one.tobytes() == other.tobytes()
     return one == other
-
-
-def machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in info.read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "device": (names or [platform.processor()])[0],
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ rate of the same run, for pairs each at its own best number of workers.
 import argparse
 import importlib
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -28,6 +26,7 @@ import torch
 from lungssl_data.batch import PHASES
 from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.pair import AIR_HU, PhasePair, PhaseScan
+from lungssl_ops.measure import commit, machine
 from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -99,8 +98,8 @@ def run(folder: Path, *, quick: bool, scans: Path | None) -> dict[str, Any]:
             "kind": "real scans" if scans else "phantoms (synthetic)",
             "shapes": [list(pair.scan(phase).ct_hu.shape) for pair in pairs for phase in pair.phases()],
         },
-        "machine": _machine() | {"quick": quick},
-        "commit": _commit(),
+        "machine": machine("cpu") | {"quick": quick, "versions": _versions()},
+        "commit": commit(),
         "rows": [asdict(row) for row in rows],
     }
 
@@ -458,30 +457,17 @@ def _optional(name: str) -> Any:
         return None
 
 
-def _machine() -> dict[str, Any]:
+def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    packages = [name for name in ("h5py", "hdf5plugin", "numba", "torch", "blosc2", "torchio", "monai") if _found(name)]
-    return {
-        "device": (names or [platform.processor()])[0],
-        "cores": len(names) or None,
-        "torch_threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
-    }
+    packages = ("h5py", "hdf5plugin", "numba", "torch", "blosc2", "torchio", "monai")
+    return {name: version(name) for name in packages if _found(name)}
 
 
 def _found(name: str) -> bool:
     from importlib.util import find_spec
 
     return find_spec(name) is not None
-
-
-def _commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

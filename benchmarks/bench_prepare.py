@@ -12,10 +12,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ from lungssl_data.prepare import PrepareConfig
 from lungssl_data.readers import read_volume, write_volume
 from lungssl_data.resample import resample_hu
 from lungssl_data.volume import PADDING_BELOW_HU, Geometry, Volume
+from lungssl_ops.measure import commit, machine
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -62,7 +61,7 @@ def main() -> None:
             "peak_within_2.5_gib": build["peak_gib"] <= 2.5,
             "dicom_equal": dicom["equal"],
         },
-        "machine": machine() | {"quick": quick},
+        "machine": machine("cpu") | {"load": round(os.getloadavg()[0], 1)} | {"quick": quick},
         "commit": commit(),
         "rows": {"shape": shape, "build": build, "dicom": dicom},
     }
@@ -186,25 +185,6 @@ def compare_dicom(folder: Path, *, repeats: int) -> dict[str, Any]:
             f"{name}_p25_p75_s": [round(low, 3), round(high, 3)],
         }
     return result
-
-
-def machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in info.read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "device": (names or [platform.processor()])[0],
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
