@@ -89,6 +89,106 @@ def test_texts_of_other_formats_and_of_damaged_files_leave_no_trace(tmp_path: Pa
     assert CANARY not in out + err
 
 
+POINTS = ",".join(f"{phase}_{axis}_mm" for phase in ("exhale", "inhale") for axis in "xyz")
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """One small scan that can be built."""
+    phantom = make_phantom(PhantomConfig(preset="deep", seed=2, spacing_mm=8.0))
+    _write_with_canaries(tmp_path / "scan.mha", phantom.inhale.ct)
+    return tmp_path / "scan.mha"
+
+
+def test_folder_names_and_layout_errors_leave_no_trace(tmp_path: Path, scan: Path, lungssl: Run) -> None:
+    raw = tmp_path / "raw"
+    for name, files in (
+        (f"{CANARY}, Hans", ("inhale.mha",)),
+        (f"M\u00fcller {CANARY}", ("inhale.mha",)),
+        (f"two {CANARY}", ("inhale.mha", "ei.mha")),
+        (f"points {CANARY}", ("inhale.mha", "exhale.mha", "landmarks.csv")),
+        (f"pipe {CANARY}", ("inhale.nii.gz",)),
+    ):
+        (raw / name).mkdir(parents=True)
+        for file in files:
+            if file.endswith(".mha"):
+                (raw / name / file).symlink_to(scan)
+            elif file.endswith(".csv"):
+                (raw / name / file).write_text(f"{POINTS}\n1,2,3,4,5,{CANARY}\n")
+            else:
+                os.mkfifo(raw / name / file)
+    out, err = _build_with_problems(raw, tmp_path / "cache", lungssl, built=2, problems=3)
+    # Sorted by name: the two that are fit, then pipe, points and two.
+    assert "folder 3 of 5 by name: inhale image: is neither a file nor a folder" in err
+    assert "folder 4 of 5 by name: landmarks.csv line 2: expected 6 numbers" in err
+    assert "folder 5 of 5 by name: two inhale volumes" in err
+    assert "(folder 1 of 5 by name): inhale by file name: image (.mha)" in out
+
+
+def test_cells_of_a_manifest_leave_no_trace(tmp_path: Path, scan: Path, lungssl: Run) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / f"{CANARY}.mha").symlink_to(scan)
+    (raw / f"{CANARY}.csv").write_text(f"{CANARY}\n")
+    lines = (
+        f'"{CANARY}, Hans",inhale,{CANARY}.mha,,{CANARY}',
+        f"unknown phase {CANARY},{CANARY},{CANARY}.mha,,",
+        f"missing {CANARY},inhale,gone{CANARY}.mha,,",
+        f"twice {CANARY},inhale,{CANARY}.mha,,",
+        f"twice {CANARY},EI,{CANARY}.mha,,",
+        f"points {CANARY},inhale,{CANARY}.mha,{CANARY}.csv,",
+        f"persons {CANARY},inhale,{CANARY}.mha,,{CANARY} 1",
+        f"persons {CANARY},exhale,{CANARY}.mha,,{CANARY} 2",
+    )
+    (raw / "manifest.csv").write_text("\n".join(("patient_id,phase,image,landmarks,person", *lines)) + "\n")
+    _, err = _build_with_problems(raw, tmp_path / "cache", lungssl, built=1, problems=5)
+    assert "line 3: the phase is unknown" in err and "line 4: image: no such file or folder" in err
+    assert "line 6: a second inhale scan" in err and "line 9: a second value of person" in err
+    assert "line 7: landmarks: its first line is not the header" in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{CANARY},exhale,{CANARY}.mha\n",
+        f"patient_id,phase,image\n{CANARY}, Hans,inhale,scan.mha\n",
+        f"patient_id,phase,image\n{CANARY}\u00fc,inhale,scan.mha\n",
+        f"patient_id,phase,image\n,inhale,{CANARY}.mha\n",
+        f"patient_id,phase,image\n{CANARY},inhale,scan.mha\0\n",
+    ],
+)
+def test_a_manifest_that_cannot_be_read_leaves_no_trace(tmp_path: Path, text: str, lungssl: Run) -> None:
+    (tmp_path / "manifest.csv").write_bytes(text.encode("latin-1"))
+    code, out, err = lungssl("cache", "build", tmp_path, "--keyed-ids", "--out", tmp_path / "cache", "--debug")
+    assert code == 3 and "error: manifest.csv" in err
+    assert CANARY not in out + err and not (tmp_path / "cache").exists()
+
+
+def test_two_files_of_one_name_leave_no_trace(tmp_path: Path, lungssl: Run) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"sub-{CANARY}_acq-ee_ct.nii.gz").write_bytes(b"")
+    arguments = ("cache", "build", tmp_path, "--layout", "bids", "--out", tmp_path / "cache", "--debug")
+    code, out, err = lungssl(*arguments, "--keyed-ids")
+    assert code == 3 and "are the same scan by their names" in err and CANARY not in out + err
+    code, out, err = lungssl(*arguments)
+    assert code == 3 and f"a/sub-{CANARY}_acq-ee_ct.nii.gz and b/sub-{CANARY}" in err
+
+
+def _build_with_problems(raw: Path, cache: Path, lungssl: Run, *, built: int, problems: int) -> tuple[str, str]:
+    """A dry run and a build with keyed ids; both end with bad data and say nothing. The dry run's list, the errors."""
+    arguments = ("cache", "build", raw, "--keyed-ids", "--out", cache, "--spacing-mm", "8", "--debug")
+    code, listed, dry_err = lungssl(*arguments, "--dry-run")
+    assert code == 3 and f"{problems} of {built + problems} patients can't be used" in dry_err
+    assert listed.count("can't be used: ") == problems and not cache.exists()
+    code, out, err = lungssl(*arguments)
+    assert code == 3 and f"{problems} of {built + problems} patients failed" in err
+    assert len(list(cache.glob("*.h5"))) == built
+    assert (cache / "build.jsonl").read_text(encoding="utf-8").count('"failed"') == problems
+    assert not _leaks(cache) and CANARY not in listed + dry_err + out + err
+    return listed, err
+
+
 def _write_with_canaries(path: Path, volume: object) -> None:
     hu, grid = volume.hu, volume.geometry  # type: ignore[attr-defined]
     if path.name.endswith(".nii.gz"):

@@ -55,8 +55,17 @@ def test_swapped_phases_are_bad_data_unless_told_otherwise(
     [
         (["--shard", "3/2"], "--shard 3/2: expected i/n with i from 1 to n"),
         (["--shard", "one"], "--shard one: expected i/n"),
-        (["--jobs", "0"], "--jobs 0"),
-        (["--time-limit-s", "-1"], "--time-limit-s -1"),
+        (["--jobs", "0"], "--jobs 0: expected a number from 1 to 1,024"),
+        (["--time-limit-s", "-1"], "--time-limit-s -1: expected a number from 0 to 10,000,000"),
+        (["--time-limit-s", "nan"], "--time-limit-s nan: expected a number from 0 to 10,000,000"),
+        (["--time-limit-s", "inf"], "--time-limit-s inf: expected"),
+        (["--margin-mm", "nan"], "--margin-mm nan: expected a number from 0 to 500"),
+        (["--margin-mm", "inf"], "--margin-mm inf: expected"),
+        (["--margin-mm", "-0.5"], "--margin-mm -0.5: expected"),
+        (["--memory-gib", "nan"], "--memory-gib nan: expected a number from 0 to 1,000,000"),
+        (["--memory-gib", "-inf"], "--memory-gib -inf: expected"),
+        (["--spacing-mm", "nan"], "--spacing-mm nan: expected a number from 0.3 to 20"),
+        (["--spacing-mm", "-2"], "--spacing-mm -2: expected"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(

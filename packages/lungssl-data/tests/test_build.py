@@ -29,6 +29,7 @@ from lungssl_data.layouts.source import PairSource, ScanSource
 from lungssl_data.pair import CacheError, Landmarks
 from lungssl_data.prepare import PrepareConfig
 from lungssl_data.readers import write_labels, write_volume
+from lungssl_data.splits import assign_splits
 from lungssl_data.volume import Geometry, LabelMap, Volume
 
 Thorax = Callable[..., Volume]
@@ -118,6 +119,51 @@ def test_a_bad_file_fails_its_patient_in_one_line_and_no_other(cohort: Path, tmp
     assert PairCache(tmp_path / "cache").patients == ["p2"]
 
 
+def test_a_patient_with_a_problem_fails_with_it_and_changes_no_others_split(cohort: Path, tmp_path: Path) -> None:
+    for jobs in (0, 1):
+        cache = tmp_path / f"cache{jobs}"
+        good = read_layout("folder", cohort)
+        sources = [PairSource(patient="p0", person="p1", problem="two exhale volumes"), *good]
+        built = {one.patient: one for one in build_cache(sources, cache, config=CONFIG, jobs=jobs)}
+        assert {patient: one.outcome for patient, one in built.items()} == {
+            "p0": "failed",
+            "p1": "built",
+            "p2": "built",
+        }
+        assert built["p0"].message == "two exhale volumes"
+        splits = json.loads((cache / ".splits.json").read_text(encoding="utf-8"))
+        assert splits == assign_splits(["p1", "p2"], {}) and not list(cache.glob("*.lock"))
+        lines = [json.loads(line) for line in (cache / "build.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert {line["patient"]: line["message"] for line in lines}["p0"] == "two exhale volumes"
+        # Mended, it gets its split beside the others; failing again, it says that its file is left.
+        mended = [replace(good[0], patient="p0"), *good]
+        assert [one.outcome for one in build_cache(mended, cache, config=CONFIG, jobs=jobs)][1:] == ["unchanged"] * 2
+        again = next(iter(build_cache(sources, cache, config=CONFIG, jobs=jobs)))
+        assert "two exhale volumes; the cache keeps its file" in again.message
+
+
+def test_shards_report_each_patient_with_a_problem_once(tmp_path: Path) -> None:
+    sources = [PairSource(patient=f"p{i}", problem="damaged") for i in range(12)]
+    reported = [
+        one.patient for part in (1, 2, 3) for one in build_cache(sources, tmp_path, config=CONFIG, shard=(part, 3))
+    ]
+    assert sorted(reported) == sorted(source.patient for source in sources)
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_pipe_as_a_scan_fails_its_patient_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "scan.nii.gz")
+    image = ScanSource(image=tmp_path / "scan.nii.gz")
+    sources = [
+        PairSource(patient="a", scans={"inhale": image}),
+        PairSource(patient="b", scans={"inhale": ScanSource(image=tmp_path, lung=tmp_path / "scan.nii.gz")}),
+        PairSource(patient="c", scans={"inhale": image}, displacement=tmp_path / "scan.nii.gz"),
+    ]
+    built = list(build_cache(sources, tmp_path / "cache", config=CONFIG, jobs=1, time_limit_s=60.0))
+    assert [one.outcome for one in built] == ["failed"] * 3
+    assert all("is neither a file nor a folder" in one.message for one in built)
+
+
 def test_a_scan_without_lungs_is_refused(tmp_path: Path, thorax: Thorax) -> None:
     volume = thorax()
     (tmp_path / "raw" / "p1").mkdir(parents=True)
@@ -149,7 +195,7 @@ def test_a_known_displacement_is_kept(cohort: Path, tmp_path: Path) -> None:
 
 def test_repeated_patient_ids_are_refused(cohort: Path, tmp_path: Path) -> None:
     sources = read_layout("folder", cohort)
-    with pytest.raises(CacheError, match=r"patient ids repeat: \['p1'\]"):
+    with pytest.raises(CacheError, match=r"patient ids repeat: 'p1' \(folder 1 of 2 by name\), 'p1' "):
         list(build_cache([*sources, sources[0]], tmp_path / "cache", config=CONFIG))
 
 

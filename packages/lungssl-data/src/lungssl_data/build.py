@@ -15,18 +15,20 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from lungssl_data.building.duplicates import EqualScans
 from lungssl_data.building.hashes import append
 from lungssl_data.building.locks import STALE_S, Locks, sweep
-from lungssl_data.building.patient import Built, PhaseCheck, Recipe, build_patient, pair_from_source
+from lungssl_data.building.patient import Built, PhaseCheck, Recipe, build_patient, failed, pair_from_source
 from lungssl_data.building.plan import decide_splits, keep_to_ids, known_patients, patient_in, shard_of
 from lungssl_data.building.workers import Workers
 from lungssl_data.cache_index import rebuild_index
+from lungssl_data.layouts.patients import check_ids
 from lungssl_data.layouts.source import PairSource
-from lungssl_data.pair import CacheError, Split
+from lungssl_data.pair import Split
 from lungssl_data.prepare import PrepareConfig
 
 __all__ = ["Built", "PhaseCheck", "build_cache", "pair_from_source"]
@@ -52,16 +54,15 @@ def build_cache(
     """Build or complete a cache, patient by patient; yields each one's outcome as it is known.
 
     A patient is rebuilt when its files, `config` or the code's version changed (content hash). Patients in the folder
-    that `sources` doesn't name are left alone. A patient that fails leaves no file of this build behind.
+    that `sources` doesn't name are left alone. A patient that fails leaves no file of this build behind. Sources with a
+    `problem` fail with it, first of all; they get no split, and nobody else's depends on them.
 
     `jobs` processes work side by side and may die without harm to other patients; with 0 all happens in this process,
     and the two limits, which are those of a process, can't be given. `shard` (i, n) builds the i-th of n parts; splits
     are those of the whole list. `phase_check` says whether an inhale with less gas than its exhale fails its patient.
     `ids` says of what kind the patients' ids are (`ids.ids_of`); a folder keeps to one kind.
     """
-    names = [source.patient for source in sources]
-    if len(set(names)) < len(names):
-        raise CacheError(f"patient ids repeat: {sorted({n for n in names if names.count(n) > 1})}; give each its own")
+    check_ids(sources)
     if jobs == 0 and (time_limit_s is not None or memory_limit_gib is not None):
         raise ValueError("limits of time and memory are those of a worker process; build with jobs=1 or more")
     mine = shard_of(sources, shard)
@@ -71,7 +72,7 @@ def build_cache(
     try:
         keep_to_ids(folder, ids, locks)
         known = known_patients(folder)
-        splits = decide_splits(sources, folder, known, locks)
+        splits = decide_splits([source for source in sources if not source.problem], folder, known, locks)
         equal_scans = EqualScans(known.values())
         recipe = Recipe(
             folder=folder,
@@ -80,12 +81,14 @@ def build_cache(
             phase_check=phase_check,
             threads=max(1, (os.cpu_count() or 1) // max(jobs, 1)),
         )
+        unusable = (failed(source.patient, source.problem, folder) for source in mine if source.problem)
+        usable = [source for source in mine if not source.problem]
         if jobs == 0:
-            outcomes = _here(mine, splits, recipe, locks)
+            outcomes = _here(usable, splits, recipe, locks)
         else:
             workers = Workers(jobs, recipe, time_limit_s=time_limit_s, memory_limit_gib=memory_limit_gib)
-            outcomes = _in_workers(mine, splits, workers, locks)
-        for built in outcomes:
+            outcomes = _in_workers(usable, splits, workers, locks)
+        for built in chain(unusable, outcomes):
             record = patient_in(folder, built.patient) if built.outcome == "built" else None
             if record is not None:
                 built = replace(built, warnings=(*built.warnings, *equal_scans.warnings(record)))

@@ -25,7 +25,9 @@ def keyed_id(text: str, key: bytes, *, prefix: str = "p") -> str:
     """`prefix` and ID_DIGITS hexadecimal digits: equal for equal `text`, `key` and `prefix`, else unrelated."""
     if len(key) < KEY_BYTES:
         raise ValueError(f"a key of {len(key)} bytes can be guessed, {KEY_BYTES} are needed; use load_key()")
-    return prefix + hmac.new(key, f"{prefix}\0{text}".encode(), hashlib.sha256).hexdigest()[:ID_DIGITS]
+    # A file's name on Linux may be no UTF-8; Python hands its odd bytes on as surrogates, which plain UTF-8 refuses.
+    content = f"{prefix}\0{text}".encode("utf-8", "surrogateescape")
+    return prefix + hmac.new(key, content, hashlib.sha256).hexdigest()[:ID_DIGITS]
 
 
 def ids_of(key: bytes) -> str:

@@ -9,6 +9,14 @@ from lungssl.cli import new_app
 
 app = new_app(help="Build, inspect and check pair caches.", no_args_is_help=True)
 
+SPACING_MM = (0.3, 20.0)
+MARGIN_MM = (0.0, 500.0)
+"""At most the width of the widest field of view, which keeps all of it."""
+JOBS = (1, 1024)
+MEMORY_GIB = (0.0, 1e6)
+TIME_LIMIT_S = (0.0, 1e7)
+"""Some four months."""
+
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.")]
 
 
@@ -38,35 +46,40 @@ def build(
 
     Done patients are skipped, a bad one is reported in a line (and in build.jsonl) and the others go on. The same
     command goes on after an interruption, and may run on several machines at a time. Patients are told apart by the
-    ids you give: use de-identified ones, or --keyed-ids.
+    ids you give: use de-identified ones, or --keyed-ids, which takes any name and says none, only its number.
 
     Example: lungssl cache build cohort.csv --out cohort-cache --spacing-mm 2 --jobs 4
     """
     import sys
     import time
 
+    from lungssl_data.ids import ids_of, load_key
     from lungssl_data.layouts import read_layout
 
-    from lungssl.errors import ConfigError, DataError
+    from lungssl.errors import DataError
     from lungssl.training.progress import duration
 
-    if not 0.3 <= spacing_mm <= 20 or margin_mm < 0:
-        raise ConfigError(f"--spacing-mm {spacing_mm} --margin-mm {margin_mm}: spacing from 0.3 to 20, margin from 0")
-    if jobs < 1 or memory_gib < 0 or time_limit_s < 0:
-        raise ConfigError(
-            f"--jobs {jobs} --memory-gib {memory_gib:g} --time-limit-s {time_limit_s:g}: jobs from 1, the others from 0"
-        )
+    for option, value, (low, high) in (
+        ("--spacing-mm", spacing_mm, SPACING_MM),
+        ("--margin-mm", margin_mm, MARGIN_MM),
+        ("--jobs", jobs, JOBS),
+        ("--memory-gib", memory_gib, MEMORY_GIB),
+        ("--time-limit-s", time_limit_s, TIME_LIMIT_S),
+    ):
+        _check_range(option, value, low, high)
     part = _shard(shard)
-    sources = read_layout(layout, source)
-    if keyed_ids:
-        sources = _with_keyed_ids(sources)
+    key = load_key() if keyed_ids else None
+    sources = read_layout(layout, source, key=key)
     from lungssl_data.building.plan import shard_of
 
     mine = shard_of(sources, part)
     if dry_run:
         for item in mine:
-            print(_outline(item))
-        print(f"{len(mine)} of {len(sources)} patients would be built into {out}, nothing was written")
+            print(_outline(item, named=not keyed_ids))
+        bad = sum(bool(item.problem) for item in mine)
+        print(f"{len(mine) - bad} of {len(sources)} patients would be built into {out}, nothing was written")
+        if bad:
+            raise DataError(f"{bad} of {len(mine)} patients can't be used; mend what their lines name")
         return
     from lungssl_data.build import build_cache
     from lungssl_data.prepare import PrepareConfig
@@ -80,6 +93,7 @@ def build(
         jobs=jobs,
         shard=part,
         phase_check=phase_check,
+        ids=ids_of(key) if key is not None else "as given",
         time_limit_s=time_limit_s or None,
         memory_limit_gib=memory_gib or None,
     )
@@ -110,32 +124,34 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _with_keyed_ids(sources: list[Any]) -> list[Any]:
-    """The sources with keyed patient and person ids; equal ids stay equal."""
-    from dataclasses import replace
+def _check_range(option: str, value: float, low: float, high: float) -> None:
+    from lungssl.errors import ConfigError
 
-    from lungssl_data.ids import keyed_id, load_key
-    from lungssl_data.splits import keyed_person
-
-    key = load_key()
-    return [
-        replace(s, patient=keyed_id(s.patient, key), person=keyed_person(s.person, key) if s.person else "")
-        for s in sources
-    ]
+    if not low <= value <= high:  # nan is in no range
+        raise ConfigError(f"{option} {value:.12g}: expected a number from {low:g} to {high:,.12g}")
 
 
-def _outline(source: Any) -> str:
-    """One patient as `--dry-run` shows it: what would be read, and how its phases were told."""
+def _outline(source: Any, *, named: bool) -> str:
+    """One patient as `--dry-run` shows it: what would be read, and how its phases were told.
+
+    Files go by their format, and the patient by its place in the layout, unless they may be `named`.
+    """
+    from lungssl_data.building.naming import role_of
+
+    patient = source.patient if named else f"{source.patient} ({source.place})"
+    if source.problem:
+        return f"{patient}: can't be used: {source.problem}"
     parts = []
     for phase, scan in source.scans.items():
         masks = [role for role in ("lung", "lobes", "lesion") if getattr(scan, role) is not None]
         evidence = f" by {scan.evidence}" if scan.evidence else ""
-        parts.append(f"{phase}{evidence}: {scan.image}" + (f" with {', '.join(masks)}" if masks else ""))
+        image = str(scan.image) if named else role_of("image", scan.image)
+        parts.append(f"{phase}{evidence}: {image}" + (f" with {', '.join(masks)}" if masks else ""))
     parts += [f"{len(points.exhale_mm)} {kind} landmarks" for kind, points in source.landmarks.items()]
     parts += ["a displacement"] if source.displacement else []
     parts += [f"split {source.split}"] if source.split else []
     parts += [] if source.dual_phase else ["not dual-phase"]
-    return f"{source.patient}{f' ({source.dataset})' if source.dataset else ''}: {'; '.join(parts)}"
+    return f"{patient}{f' ({source.dataset})' if source.dataset and named else ''}: {'; '.join(parts)}"
 
 
 @app.command()

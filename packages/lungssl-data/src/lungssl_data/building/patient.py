@@ -75,11 +75,15 @@ def build_patient(source: PairSource, split: Split, recipe: Recipe) -> Built:
     try:
         built = _build(source, split, recipe)
     except Exception as error:  # one patient's odd file must not end a night's build
-        message = _explained(error, source)
-        if patient_in(recipe.folder, source.patient) is not None:
-            message += "; the cache keeps its file of an earlier build, delete that if it should not be used"
-        built = Built(patient=source.patient, outcome="failed", message=message)
+        built = failed(source.patient, _explained(error, source), recipe.folder)
     return replace(built, time_s=time.monotonic() - started)
+
+
+def failed(patient: str, why: str, folder: Path) -> Built:
+    """A patient who was not built, and whether an earlier build's file is left."""
+    if patient_in(folder, patient) is not None:
+        why += "; the cache keeps its file of an earlier build, delete that if it should not be used"
+    return Built(patient=patient, outcome="failed", message=why)
 
 
 def pair_from_source(
@@ -95,6 +99,8 @@ def pair_from_source(
 
     `source_sha256` has the hash of each phase's image, where it is known already.
     """
+    if source.problem:
+        raise CacheError(source.problem)
     side_by_side = threads > 1 and len(source.scans) > 1
     each = max(1, threads // len(source.scans)) if side_by_side else threads
 
@@ -170,6 +176,7 @@ def _explained(error: Exception, source: PairSource) -> str:
 
 
 def _build(source: PairSource, split: Split, recipe: Recipe) -> Built:
+    source.check_paths()  # before anything is opened
     key = patient_key(source, recipe)
     before = patient_in(recipe.folder, source.patient)
     if before is not None and before.key == key and before.split == split:

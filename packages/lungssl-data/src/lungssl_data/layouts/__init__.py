@@ -1,5 +1,10 @@
 """How cohorts lie on disk. A layout is one file with `read(root) -> list[PairSource]` and `recognises(root) -> bool`,
-which looks at names only, and one line here."""
+which looks at names only, and one line here.
+
+A layout raises CacheError for what is wrong with the whole, and lists a patient whose files can't be used with a
+`problem` (`source.attempt`). Neither names a file or a patient, which `read_layout` may have been told to hide: it says
+numbers and roles, or is a NamedError. Ids are read as they are; they are keyed and checked here, for all layouts.
+"""
 
 from importlib import import_module
 from pathlib import Path
@@ -32,14 +37,33 @@ GENERIC = (("folder", "bids"), ("dicom",))
 """Asked only where no collection recognises the place, the second group only after the first."""
 
 
-def read_layout(name: str, root: Path) -> "list[PairSource]":
-    """The patients under `root`, read as layout `name`; `auto` asks every layout whether it recognises the names."""
-    if name == "auto":
-        name = recognised(root)
-    if name not in LAYOUTS:
+def read_layout(name: str, root: Path, *, key: bytes | None = None) -> "list[PairSource]":
+    """The patients under `root`, read as layout `name`; `auto` asks every layout whether it recognises the names.
+
+    Patients whose files can't be used are among them, with their `problem`; what is wrong with the whole, ids that
+    can't be used included, raises CacheError. With a `key` (`ids.load_key`) ids of patients and persons are replaced by
+    keyed hashes, so that any text may be one, and errors name nothing but `root`.
+    """
+    from lungssl_data.layouts.patients import check_ids, with_keyed_ids, with_paths_checked, with_places
+    from lungssl_data.layouts.source import nameless
+    from lungssl_data.pair import CacheError
+
+    if name not in ("auto", *LAYOUTS):
         raise ValueError(f"layout {name!r} is unknown; known are auto, {', '.join(LAYOUTS)}")
-    module, function = LAYOUTS[name].split(":")
-    return getattr(import_module(module), function)(root)
+    try:
+        module, function = LAYOUTS[recognised(root) if name == "auto" else name].split(":")
+        sources = with_paths_checked(with_places(getattr(import_module(module), function)(root)))
+    except Exception as error:  # whatever it is, its text may be a name
+        if key is None:
+            raise
+        text = nameless(error)
+        if text != str(error):
+            text += " (ids are keyed, so no name is said; read it without a key to see it)"
+        raise CacheError(text) from None
+    if key is not None:
+        sources = with_keyed_ids(sources, key)
+    check_ids(sources)
+    return sources
 
 
 def recognised(root: Path) -> str:

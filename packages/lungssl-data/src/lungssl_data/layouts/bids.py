@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lungssl_data.layouts.files import dataset_name, found, has_name, nothing_found
 from lungssl_data.layouts.source import PairSource, ScanSource
-from lungssl_data.pair import CacheError, Phase
+from lungssl_data.pair import Phase
 
 ACQUISITIONS: dict[str, Phase] = {"ee": "exhale", "ei": "inhale"}
 SCAN = r"sub-([a-z0-9]+)(?:_ses-([a-z0-9]+))?_acq-(ee|ei)"
@@ -23,7 +23,7 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Subjects and sessions by name."""
+    """Subjects and sessions by name; those with masks only last, with that problem."""
     images, labels = found(root, IMAGE), found(root, LABELS)
     if not images:
         raise nothing_found(root, "sub-01/ct/sub-01_acq-ee_ct.nii.gz, sub-01_acq-ei_ct.nii.gz, ...")
@@ -36,14 +36,18 @@ def read(root: Path) -> list[PairSource]:
         )
         patients.setdefault((subject, session), {})[ACQUISITIONS[acquisition]] = scan
     orphans = set(key[:2] for key in labels) - set(patients)
-    if orphans:
-        raise CacheError(f"masks of sub-{min(orphans)[0]} without its scan; expected sub-{min(orphans)[0]}_acq-ee_ct")
-    return [
+    sources = [
         PairSource(
-            patient=f"sub-{subject}" + (f"_ses-{session}" if session else ""),
+            patient=_id(subject, session),
             scans=scans,
             dataset=dataset_name(root, ""),
-            person=f"sub-{subject}" if session else "",
+            person=_id(subject, "") if session else "",
         )
         for (subject, session), scans in patients.items()
     ]
+    problem = "masks without their scan, which is named like them and ends in _acq-ee_ct or _acq-ei_ct; put it there"
+    return sources + [PairSource(patient=_id(*orphan), problem=problem) for orphan in sorted(orphans)]
+
+
+def _id(subject: str, session: str) -> str:
+    return f"sub-{subject}" + (f"_ses-{session}" if session else "")

@@ -3,7 +3,7 @@
 The phase comes from the headers (`readers.dicom_phase`). Where they say nothing, a patient's only scan is inhale, as
 chest CT is taken at inspiration; of two scans of one study, the one with clearly larger lungs is; and beside an
 exhale scan, the study's only unnamed scan is. Of several reconstructions the one with most slices is taken. What stays
-unclear is an error that lists the patients: a manifest can say which series is which. Patient ids are keyed hashes.
+unclear is its patient's problem: a manifest can say which series is which. Patient ids are keyed hashes.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ import numpy as np
 from lungssl_data.ids import load_key
 from lungssl_data.layouts.files import dataset_name, has_name, nothing_found
 from lungssl_data.layouts.single_phase import PROTOCOL
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, Phase
 from lungssl_data.readers import VolumeError, read_slices
 from lungssl_data.readers.dicom_tree import CtSeries, find_series
@@ -28,8 +28,11 @@ LEAST_GAIN = 1.15
 WORD = "word in the series description"
 
 
-class UnclearError(ValueError):
+class UnclearError(CacheError):
     """A patient's series can't be told apart; the message says which, without any name."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__(f"CT series that can't be told apart: {which}; name one of each phase in a manifest")
 
 
 def recognises(root: Path) -> bool:
@@ -38,20 +41,16 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Patients by id; CacheError where there are none, or where the series of some can't be told apart."""
+    """Patients by id, with a problem where their series can't be told apart; CacheError where there are none."""
     series = listed(root)
     if not series:
         raise nothing_found(root, "DICOM files of CT series in any folders")
-    sources, unclear = [], []
-    for patient, own in by_patient(series).items():
-        try:
-            scans = chosen(own)
-        except UnclearError as error:
-            unclear.append(f"patient {patient}: {error}")
-        else:
-            sources.append(PairSource(patient=patient, scans=scans, dataset=dataset_name(root, "")))
-    refuse(unclear, len(sources) + len(unclear))
-    return sources
+
+    def source_of(patient: str, own: list[CtSeries]) -> list[PairSource]:
+        return [PairSource(patient=patient, scans=chosen(own), dataset=dataset_name(root, ""))]
+
+    patients = by_patient(series).items()
+    return [one for patient, own in patients for one in attempt(patient, source_of, patient, own)]
 
 
 def listed(root: Path) -> list[CtSeries]:
@@ -65,15 +64,6 @@ def by_patient(series: Sequence[CtSeries]) -> dict[str, list[CtSeries]]:
     for one in series:
         patients[one.patient].append(one)
     return dict(patients)
-
-
-def refuse(unclear: Sequence[str], count: int) -> None:
-    """CacheError with the first few of the unclear patients, if there are any."""
-    if unclear:
-        raise CacheError(
-            f"{len(unclear)} of {count} patients have CT series that can't be told apart ({'; '.join(unclear[:3])}); "
-            f"name one exhale and one inhale folder each in a manifest"
-        )
 
 
 def chosen(series: Sequence[CtSeries]) -> dict[Phase, ScanSource]:

@@ -9,6 +9,7 @@ Slices run from head to feet by the convention of the public loaders that turn t
 they decide: both phases are on one table, and tissue sinks when it is breathed in.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lungssl_data.layouts.files import (
     raw_to_mm,
     read_points,
 )
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 from lungssl_data.readers.raw import RawFormat
 
@@ -63,7 +64,7 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Patients by number; CacheError where an image or a phase's landmarks are missing."""
+    """Patients by number; with a problem where an image or a phase's landmarks are missing or wrong."""
     images, points, sampled = (found(root, pattern) for pattern in (IMAGE, POINTS, SAMPLED))
     if not images:
         raise nothing_found(root, "Case1Pack/Images/case1_T00_s.img, case1_T50_s.img, ... of DIR-Lab 4DCT")
@@ -75,13 +76,8 @@ def read(root: Path) -> list[PairSource]:
         all_300 = any(texts.values())
         if not all_300:
             texts = {phase: sampled.get((str(case), percent)) for percent, phase in PHASES.items()}
-        documented: dict[Phase, RawFormat] = {phase: table_format(case) for phase in own if str(case) not in formats}
-        forms = dict(formats.get(str(case), documented))
-        source = _source(case, own, texts, forms, dataset_name(root, "dirlab-4dct"))
-        if all_300 and not is_phantom(root):
-            middle = CASES[case][3]
-            check_distance(source.patient, source.landmarks["expert"], middle - TOLERANCE_MM, middle + TOLERANCE_MM)
-        sources.append(source)
+        patient, check = f"dirlab-4dct-{case:02d}", all_300 and not is_phantom(root)
+        sources += attempt(patient, _source, root, patient, case, own, texts, formats.get(str(case)), check)
     return sources
 
 
@@ -108,31 +104,42 @@ def with_slice_order(
 
 
 def _source(
+    root: Path,
+    patient: str,
     case: int,
     images: dict[Phase, Path | None],
     texts: dict[Phase, Path | None],
-    forms: dict[Phase, RawFormat],
-    name: str,
-) -> PairSource:
-    patient = f"dirlab-4dct-{case:02d}"
+    given: Mapping[Phase, RawFormat] | None,
+    check: bool,
+) -> list[PairSource]:
+    forms: dict[Phase, RawFormat] = dict(given) if given else {phase: table_format(case) for phase in images}
     evidence = BY_CONVENTION
     landmarks: dict[LandmarkKind, Landmarks] = {}
     if any(texts.values()):
         points = {}
         for phase, path in texts.items():
             if path is None:
-                raise CacheError(f"patient {patient}: no {phase} landmarks, only the other phase's; copy both files")
-            points[phase] = read_points(path)
-        paired(patient, points["exhale"], points["inhale"])
+                raise CacheError(f"no {phase} landmarks, only the other phase's; copy both files")
+            points[phase] = read_points(path, f"{phase} landmarks")
+        paired(points["exhale"], points["inhale"])
         forms, evidence = with_slice_order(forms, points)
         in_mm = {phase: raw_to_mm(points[phase], form) for phase, form in forms.items()}
-        landmarks = {"expert": paired(patient, in_mm["exhale"], in_mm["inhale"])}
+        landmarks = {"expert": paired(in_mm["exhale"], in_mm["inhale"])}
+        if check:
+            middle = CASES[case][3]
+            check_distance(landmarks["expert"], middle - TOLERANCE_MM, middle + TOLERANCE_MM)
     scans: dict[Phase, ScanSource] = {}
     for phase, path in images.items():
         if path is None:
             percent = next(percent for percent, which in PHASES.items() if which == phase)
-            raise CacheError(f"patient {patient}: no {phase} image; expected case{case}_T{percent}_s.img")
+            raise CacheError(f"no {phase} image; expected case{case}_T{percent}_s.img")
         scans[phase] = ScanSource(image=path, raw=forms[phase], offset_hu=OFFSET_HU, evidence=evidence)
-    return PairSource(
-        patient=patient, scans=scans, landmarks=landmarks, dataset=name, licence="DIR-Lab's terms: research, cite"
-    )
+    return [
+        PairSource(
+            patient=patient,
+            scans=scans,
+            landmarks=landmarks,
+            dataset=dataset_name(root, "dirlab-4dct"),
+            licence="DIR-Lab's terms: research, cite",
+        )
+    ]

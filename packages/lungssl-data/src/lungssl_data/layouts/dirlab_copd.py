@@ -9,6 +9,7 @@ says so, and the two scans' tables stand differently, so landmarks can't tell. E
 phase shows in the noise.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lungssl_data.layouts.files import (
@@ -23,7 +24,7 @@ from lungssl_data.layouts.files import (
     raw_to_mm,
     read_points,
 )
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 from lungssl_data.readers.raw import RawFormat
 
@@ -56,7 +57,7 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Patients by number; CacheError where an image or a phase's landmarks are missing."""
+    """Patients by number; with a problem where an image or a phase's landmarks are missing or wrong."""
     images, points = found(root, IMAGE), found(root, POINTS)
     if not images:
         raise nothing_found(root, "copd1/copd1_eBHCT.img, copd1_iBHCT.img, ... of DIR-Lab COPDgene")
@@ -64,38 +65,7 @@ def read(root: Path) -> list[PairSource]:
     sources = []
     for case in sorted({int(number) for number, _ in images}):
         patient = f"dirlab-copd-{case:02d}"
-        forms = formats.get(str(case)) or {phase: table_format(case) for phase in LETTERS.values()}
-        scans: dict[Phase, ScanSource] = {}
-        in_mm = {}
-        for letter, phase in LETTERS.items():
-            image, text = images.get((str(case), letter)), points.get((str(case), letter))
-            if image is None:
-                raise CacheError(f"patient {patient}: no {phase} image; expected copd{case}_{letter}BHCT.img")
-            scans[phase] = ScanSource(
-                image=image,
-                raw=forms[phase],
-                offset_hu=OFFSET_HU,
-                evidence="file name; slices run to the feet by convention",
-            )
-            if text is not None:
-                in_mm[phase] = raw_to_mm(read_points(text), forms[phase])
-        if len(in_mm) == 1:
-            raise CacheError(f"patient {patient}: landmarks of {next(iter(in_mm))} only; copy the other file, too")
-        landmarks: dict[LandmarkKind, Landmarks] = {}
-        if in_mm:
-            landmarks["expert"] = paired(patient, in_mm["exhale"], in_mm["inhale"])
-            if not is_phantom(root):
-                check_distance(patient, landmarks["expert"], *DISTANCE_MM)
-        sources.append(
-            PairSource(
-                patient=patient,
-                scans=scans,
-                landmarks=landmarks,
-                dataset=dataset_name(root, "dirlab-copd"),
-                licence="DIR-Lab's terms: research, cite",
-                person=patient,
-            )
-        )
+        sources += attempt(patient, _source, root, patient, case, images, points, formats.get(str(case)))
     return sources
 
 
@@ -105,3 +75,45 @@ def table_format(case: int) -> RawFormat:
         raise CacheError(f"case {case}: DIR-Lab COPDgene has the cases {min(CASES)} to {max(CASES)}; is it a copy?")
     slices, across_mm = CASES[case]
     return RawFormat(shape=(slices, SIDE, SIDE), spacing_mm=(across_mm, across_mm, SLICE_MM), flip_z=True)
+
+
+def _source(
+    root: Path,
+    patient: str,
+    case: int,
+    images: dict[tuple[str, ...], Path],
+    points: dict[tuple[str, ...], Path],
+    forms: Mapping[Phase, RawFormat] | None,
+) -> list[PairSource]:
+    forms = forms or {phase: table_format(case) for phase in LETTERS.values()}
+    scans: dict[Phase, ScanSource] = {}
+    in_mm = {}
+    for letter, phase in LETTERS.items():
+        image, text = images.get((str(case), letter)), points.get((str(case), letter))
+        if image is None:
+            raise CacheError(f"no {phase} image; expected copd{case}_{letter}BHCT.img")
+        scans[phase] = ScanSource(
+            image=image,
+            raw=forms[phase],
+            offset_hu=OFFSET_HU,
+            evidence="file name; slices run to the feet by convention",
+        )
+        if text is not None:
+            in_mm[phase] = raw_to_mm(read_points(text, f"{phase} landmarks"), forms[phase])
+    if len(in_mm) == 1:
+        raise CacheError(f"landmarks of {next(iter(in_mm))} only; copy the other file, too")
+    landmarks: dict[LandmarkKind, Landmarks] = {}
+    if in_mm:
+        landmarks["expert"] = paired(in_mm["exhale"], in_mm["inhale"])
+        if not is_phantom(root):
+            check_distance(landmarks["expert"], *DISTANCE_MM)
+    return [
+        PairSource(
+            patient=patient,
+            scans=scans,
+            landmarks=landmarks,
+            dataset=dataset_name(root, "dirlab-copd"),
+            licence="DIR-Lab's terms: research, cite",
+            person=patient,
+        )
+    ]

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from lungssl_data.layouts.files import dataset_name, found, has_name, nothing_found
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt, check_path
 from lungssl_data.pair import CacheError, Phase
 from lungssl_data.readers import files_of, read_labels
 
@@ -39,49 +39,54 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Pairs by number; CacheError where an image is missing, or where nothing tells the phase."""
+    """Pairs by number; with a problem where an image is missing or damaged, or where nothing tells the phase."""
     images, masks = found(root, IMAGE), found(root, MASK)
     if not images:
         raise nothing_found(root, "scans/01_Fixed.mhd, scans/01_Moving.mhd, ... of EMPIRE10")
-    sources = []
-    for number in sorted({number for number, _ in images}):
-        for role in ("fixed", "moving"):
-            if (number, role) not in images:
-                raise CacheError(f"pair {number}: no {role} image; copy scans/{number}_{role.capitalize()}.mhd again")
-        fixed, evidence = _fixed_phase(number, masks)
-        scans = {
-            role: ScanSource(
-                image=images[number, role],
-                offset_hu=offset_hu(images[number, role]),
-                lung=masks.get((number, role)),
-                lung_codes="nonzero",
-                evidence=evidence,
-            )
-            for role in ("fixed", "moving")
-        }
-        name = f"empire10-{number}"
-        parts: list[tuple[str, dict[Phase, ScanSource]]]
-        if fixed is None:
-            parts = [(f"{name}-{role}", {"inhale": scan}) for role, scan in scans.items()]
-        else:
-            other: Phase = "inhale" if fixed == "exhale" else "exhale"
-            parts = [(name, {fixed: scans["fixed"], other: scans["moving"]})]
-        sources.extend(
-            PairSource(
-                patient=patient,
-                scans=part,
-                dataset=dataset_name(root, "empire10"),
-                licence="terms of the EMPIRE10 challenge",
-                person=name,
-                dual_phase=fixed is not None,
-            )
-            for patient, part in parts
+    numbers = sorted({number for number, _ in images})
+    return [one for number in numbers for one in attempt(f"empire10-{number}", _pair, root, number, images, masks)]
+
+
+def _pair(
+    root: Path, number: str, images: dict[tuple[str, ...], Path], masks: dict[tuple[str, ...], Path]
+) -> list[PairSource]:
+    for role in ("fixed", "moving"):
+        if (number, role) not in images:
+            raise CacheError(f"no {role} image; copy scans/{number}_{role.capitalize()}.mhd again")
+    fixed, evidence = _fixed_phase(number, masks)
+    scans = {
+        role: ScanSource(
+            image=images[number, role],
+            offset_hu=offset_hu(images[number, role]),
+            lung=masks.get((number, role)),
+            lung_codes="nonzero",
+            evidence=evidence,
         )
-    return sources
+        for role in ("fixed", "moving")
+    }
+    name = f"empire10-{number}"
+    parts: list[tuple[str, dict[Phase, ScanSource]]]
+    if fixed is None:
+        parts = [(f"{name}-{role}", {"inhale": scan}) for role, scan in scans.items()]
+    else:
+        other: Phase = "inhale" if fixed == "exhale" else "exhale"
+        parts = [(name, {fixed: scans["fixed"], other: scans["moving"]})]
+    return [
+        PairSource(
+            patient=patient,
+            scans=part,
+            dataset=dataset_name(root, "empire10"),
+            licence="terms of the EMPIRE10 challenge",
+            person=name,
+            dual_phase=fixed is not None,
+        )
+        for patient, part in parts
+    ]
 
 
 def offset_hu(path: Path) -> int:
     """What brings the peak of air in the middle slice nearest to -1000 HU; 0 where there is no peak of air."""
+    check_path(path, path.name)
     files_of(path)  # refuses a header that points elsewhere
     reader = sitk.ImageFileReader()
     reader.SetImageIO("MetaImageIO")  # whatever the case of the suffix
@@ -110,13 +115,13 @@ def _fixed_phase(number: str, masks: dict[tuple[str, ...], Path]) -> tuple[Phase
     for role in ("fixed", "moving"):
         if (number, role) not in masks:
             raise CacheError(
-                f"pair {number}: without lungMasks/{number}_{role.capitalize()}.mhd nothing tells its phases; "
+                f"without lungMasks/{number}_{role.capitalize()}.mhd nothing tells its phases; "
                 f"copy the masks, or write a manifest"
             )
         mask = read_labels(masks[number, role])
         ml[role] = np.count_nonzero(mask.labels) * mask.geometry.voxel_ml()
     if not min(ml.values()):
-        raise CacheError(f"pair {number}: an empty lung mask; copy lungMasks again")
+        raise CacheError("an empty lung mask; copy lungMasks again")
     evidence = "volume of the lung masks"
     if max(ml.values()) < LEAST_GAIN * min(ml.values()):
         return None, evidence

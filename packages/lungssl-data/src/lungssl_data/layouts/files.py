@@ -14,6 +14,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 from numpy import ndarray
 
+from lungssl_data.layouts.source import NamedError, check_path
 from lungssl_data.pair import CacheError, Landmarks, Phase
 from lungssl_data.readers import VolumeError, files_of
 from lungssl_data.readers.checks import geometry_of
@@ -47,7 +48,7 @@ def has_name(root: Path, pattern: str) -> bool:
 
 
 def found(root: Path, pattern: str) -> dict[tuple[str, ...], Path]:
-    """Files whose path ends in `pattern` by the match's groups in lower case; CacheError where two have the same."""
+    """Files whose path ends in `pattern` by the match's groups in lower case; NamedError where two have the same."""
     compiled = _compiled(pattern)
     files: dict[tuple[str, ...], Path] = {}
     for name in names_under(root):
@@ -57,7 +58,7 @@ def found(root: Path, pattern: str) -> dict[tuple[str, ...], Path]:
         key = tuple((group or "").lower() for group in match.groups())
         if key in files:
             other = files[key].relative_to(root).as_posix()
-            raise CacheError(f"{other} and {name} are the same scan by their names; keep one of them")
+            raise NamedError("are the same scan by their names; keep one of them", names=f"{other} and {name}")
         files[key] = root / name
     return files
 
@@ -68,38 +69,38 @@ def nothing_found(root: Path, expected: str) -> CacheError:
     return CacheError(f"{root}: {where}; expected {expected}")
 
 
-def read_points(path: Path, *, columns: int = 3) -> Float64[ndarray, "n columns"]:
-    """Numbers, `columns` to a line, between blanks, tabs or commas; CacheError with the line for anything else."""
-    return _points(path, _lines(path), columns, first_line=1)
+def read_points(path: Path, role: str, *, columns: int = 3) -> Float64[ndarray, "n columns"]:
+    """Numbers, `columns` to a line, between blanks, tabs or commas; CacheError with role and line for anything else."""
+    return _points(role, _lines(path, role), columns, first_line=1)
 
 
-def paired(patient: str, exhale_mm: Float64[ndarray, "e 3"], inhale_mm: Float64[ndarray, "i 3"]) -> Landmarks:
+def paired(exhale_mm: Float64[ndarray, "e 3"], inhale_mm: Float64[ndarray, "i 3"]) -> Landmarks:
     """Corresponding points; CacheError where their numbers differ."""
     if len(exhale_mm) != len(inhale_mm):
         raise CacheError(
-            f"patient {patient}: {len(exhale_mm)} landmarks at exhale, {len(inhale_mm)} at inhale; they must "
-            f"correspond line by line, copy the files again"
+            f"{len(exhale_mm)} landmarks at exhale, {len(inhale_mm)} at inhale; they must correspond line by line, "
+            f"copy the files again"
         )
     return Landmarks(exhale_mm=exhale_mm, inhale_mm=inhale_mm)
 
 
-def check_distance(patient: str, points: Landmarks, low_mm: float, high_mm: float) -> None:
+def check_distance(points: Landmarks, low_mm: float, high_mm: float) -> None:
     """CacheError unless the landmarks' mean distance is the documented one: it tests spacings, units and pairing."""
     mean_mm = float(points.identity_tre_mm().mean())
     if not low_mm <= mean_mm <= high_mm:
         raise CacheError(
-            f"patient {patient}: its landmarks are {mean_mm:.2f} mm apart on average, documented are {low_mm:.2f} to "
-            f"{high_mm:.2f} mm; the files are of different cases, or edited: copy them again"
+            f"its landmarks are {mean_mm:.2f} mm apart on average, documented are {low_mm:.2f} to {high_mm:.2f} mm; "
+            f"the files are of different cases, or edited: copy them again"
         )
 
 
-def read_landmarks(path: Path) -> Landmarks:
+def read_landmarks(path: Path, role: str) -> Landmarks:
     """Our own table: the header `exhale_x_mm, ..., inhale_z_mm`, then points in LPS mm."""
-    header, *lines = _lines(path) or [""]
+    header, *lines = _lines(path, role) or [""]
     columns = [f"{phase}_{axis}_mm" for phase in ("exhale", "inhale") for axis in "xyz"]
     if [name.strip() for name in header.split(",")] != columns:
-        raise CacheError(f"{path.name}: its first line is not the header {','.join(columns)}")
-    points = _points(path, lines, 6, first_line=2)
+        raise CacheError(f"{role}: its first line is not the header {','.join(columns)}; write it")
+    points = _points(role, lines, 6, first_line=2)
     return Landmarks(exhale_mm=points[:, :3], inhale_mm=points[:, 3:])
 
 
@@ -117,29 +118,13 @@ def raw_to_mm(points: Float[ndarray, "n 3"], form: RawFormat) -> Float64[ndarray
     return index * form.spacing_mm + form.origin_mm
 
 
-def grid_of(path: Path) -> Geometry:
-    """The grid that `read_volume` would give, from the header alone; VolumeError as it."""
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        try:
-            image = nibabel.load(path)
-        except (OSError, ImageFileError, HeaderDataError, ValueError) as error:
-            raise VolumeError("the header can't be read; copy the file again", name=path.name) from error
-        if not isinstance(image, SpatialImage) or image.affine is None or len(image.shape) < 3:
-            raise VolumeError("is no 3-D volume", name=path.name)
-        x, y, z = (int(n) for n in image.shape[:3])
-        return geometry_of(RAS_TO_LPS @ np.asarray(image.affine)[:3], (z, y, x), path.name)
-    files_of(path)  # refuses a header that points elsewhere
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO" if path.suffix.lower() in (".mhd", ".mha") else "NrrdImageIO")
-    reader.SetFileName(str(path))
+def grid_of(path: Path, role: str) -> Geometry:
+    """The grid that `read_volume` would give, from the header alone; CacheError with the role where it would raise."""
+    check_path(path, role)
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise VolumeError("the header can't be read; copy the file again", name=path.name) from error
-    direction = np.reshape(reader.GetDirection(), (reader.GetDimension(),) * 2)[:3, :3]
-    affine = np.column_stack([direction * np.asarray(reader.GetSpacing()[:3]), reader.GetOrigin()[:3]])
-    x, y, z = (int(n) for n in reader.GetSize()[:3])
-    return geometry_of(affine, (z, y, x), path.name)
+        return _grid_of(path)
+    except VolumeError as error:
+        raise CacheError(f"{role}: {error.problem}") from error
 
 
 def is_phantom(root: Path) -> bool:
@@ -174,13 +159,40 @@ def phantom_formats(root: Path) -> Mapping[str, Mapping[Phase, RawFormat]]:
         raise CacheError(f"{PHANTOM_FILE}: damaged; make the copy again with `lungssl phantom --layout`") from error
 
 
-def _lines(path: Path) -> list[str]:
+def _grid_of(path: Path) -> Geometry:
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        try:
+            image = nibabel.load(path)
+        except (OSError, ImageFileError, HeaderDataError, ValueError) as error:
+            raise VolumeError("the header can't be read; copy the file again", name=path.name) from error
+        if not isinstance(image, SpatialImage) or image.affine is None or len(image.shape) < 3:
+            raise VolumeError("is no 3-D volume", name=path.name)
+        x, y, z = (int(n) for n in image.shape[:3])
+        return geometry_of(RAS_TO_LPS @ np.asarray(image.affine)[:3], (z, y, x), path.name)
+    files_of(path)  # refuses a header that points elsewhere
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO" if path.suffix.lower() in (".mhd", ".mha") else "NrrdImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise VolumeError("the header can't be read; copy the file again", name=path.name) from error
+    direction = np.reshape(reader.GetDirection(), (reader.GetDimension(),) * 2)[:3, :3]
+    affine = np.column_stack([direction * np.asarray(reader.GetSpacing()[:3]), reader.GetOrigin()[:3]])
+    x, y, z = (int(n) for n in reader.GetSize()[:3])
+    return geometry_of(affine, (z, y, x), path.name)
+
+
+def _lines(path: Path, role: str) -> list[str]:
+    check_path(path, role)
+    if not path.is_file():
+        raise CacheError(f"{role}: is a folder; expected a file of points")
     if path.stat().st_size > LARGEST_POINTS_BYTES:
-        raise CacheError(f"{path.name}: {path.stat().st_size} bytes are no list of points; copy it again")
+        raise CacheError(f"{role}: {path.stat().st_size} bytes are no list of points; copy it again")
     return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
 
 
-def _points(path: Path, lines: list[str], columns: int, *, first_line: int) -> Float64[ndarray, "n columns"]:
+def _points(role: str, lines: list[str], columns: int, *, first_line: int) -> Float64[ndarray, "n columns"]:
     rows = []
     for number, line in enumerate(lines, start=first_line):
         parts = line.replace(",", " ").split()
@@ -191,10 +203,10 @@ def _points(path: Path, lines: list[str], columns: int, *, first_line: int) -> F
         except ValueError:
             row = []
         if len(row) != columns or not np.isfinite(row).all():
-            raise CacheError(f"{path.name} line {number}: expected {columns} numbers; is it a list of points?")
+            raise CacheError(f"{role} line {number}: expected {columns} numbers; is it a list of points?")
         rows.append(row)
     if not rows:
-        raise CacheError(f"{path.name}: no points in it, expected {columns} numbers a line; copy it again")
+        raise CacheError(f"{role}: no points in it, expected {columns} numbers a line; copy it again")
     return np.array(rows)
 
 

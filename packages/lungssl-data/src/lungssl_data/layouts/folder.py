@@ -2,16 +2,21 @@
 
 Any volume format; a phase may also be a folder of DICOM slices. `exhale_to_inhale.nrrd` is a known displacement,
 `landmarks.csv` (experts', or exact) and `keypoints.csv` (a program's) have the columns `exhale_x_mm`, ...,
-`inhale_z_mm` in LPS mm. Names follow PHASE_ALIASES without regard to case. `lungssl phantom` writes this layout.
+`inhale_z_mm` in LPS mm. Names follow PHASE_ALIASES without regard to case; files with other names are passed over.
+`lungssl phantom` writes this layout.
 """
 
+import os
 from pathlib import Path
 
 from lungssl_data.layouts.files import dataset_name, read_landmarks
-from lungssl_data.layouts.source import PHASE_ALIASES, PairSource, ScanSource
+from lungssl_data.layouts.source import PHASE_ALIASES, PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+MASKS = ("lung", "lobes", "lesion")
+FIELD = "exhale_to_inhale"
+STEMS = {FIELD, *PHASE_ALIASES, *(f"{alias}_{mask}" for alias in PHASE_ALIASES for mask in MASKS)}
 POINTS: dict[LandmarkKind, str] = {"expert": "landmarks.csv", "automatic": "keypoints.csv"}
 
 
@@ -24,10 +29,17 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Patients in the order of their names; CacheError where there is none."""
+    """Patients in the order of their folders' names, with a problem where files are too many or damaged.
+
+    CacheError where there is no patient. Hidden folders, and those without a volume, are passed over.
+    """
     if not root.is_dir():
         raise CacheError(f"{root}: no such folder; expected one sub-folder per patient with exhale.* and inhale.*")
-    sources = [source for folder in sorted(root.iterdir()) if folder.is_dir() and (source := _patient(folder))]
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    sources = []
+    for number, folder in enumerate(folders, start=1):
+        place = f"folder {number} of {len(folders)} by name"
+        sources += attempt(folder.name, _patient, folder, place, place=place)
     if not sources:
         raise CacheError(
             f"{root}: no sub-folder has an exhale or inhale volume; see the layouts in `lungssl list layouts`"
@@ -35,19 +47,19 @@ def read(root: Path) -> list[PairSource]:
     return sources
 
 
-def _patient(folder: Path) -> PairSource | None:
+def _patient(folder: Path, place: str) -> list[PairSource]:
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.name.lower().endswith(SUFFIXES):
-            stem = _stem(path)
+        stem = _stem(path)
+        if stem in STEMS and (path.is_dir() or path.name.lower().endswith(SUFFIXES)):
             if stem in files:
-                raise CacheError(f"patient {folder.name}: both {files[stem].name} and {path.name}; keep one of them")
+                raise CacheError(f"both {files[stem].name} and {path.name}; keep one of them")
             files[stem] = path
     scans: dict[Phase, ScanSource] = {}
     for alias, phase in PHASE_ALIASES.items():
         if alias in files:
             if phase in scans:
-                raise CacheError(f"patient {folder.name}: two {phase} volumes; keep one of them")
+                raise CacheError(f"two {phase} volumes; keep one of them")
             scans[phase] = ScanSource(
                 image=files[alias],
                 lung=files.get(f"{alias}_lung"),
@@ -56,17 +68,21 @@ def _patient(folder: Path) -> PairSource | None:
                 evidence="file name",
             )
     if not scans:
-        return None
+        return []
     landmarks: dict[LandmarkKind, Landmarks] = {}
     if len(scans) == 2:
-        landmarks = {kind: read_landmarks(folder / name) for kind, name in POINTS.items() if (folder / name).is_file()}
-    return PairSource(
-        patient=folder.name,
-        scans=scans,
-        displacement=files.get("exhale_to_inhale"),
-        landmarks=landmarks,
-        dataset=dataset_name(folder.parent, ""),
-    )
+        there: dict[LandmarkKind, str] = {kind: name for kind, name in POINTS.items() if os.path.lexists(folder / name)}
+        landmarks = {kind: read_landmarks(folder / name, name) for kind, name in there.items()}
+    return [
+        PairSource(
+            patient=folder.name,
+            scans=scans,
+            displacement=files.get(FIELD),
+            landmarks=landmarks,
+            dataset=dataset_name(folder.parent, ""),
+            place=place,
+        )
+    ]
 
 
 def _stem(path: Path) -> str:

@@ -18,7 +18,7 @@ from lungssl_data.layouts.files import (
     paired,
     read_points,
 )
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 
 FRAMES: dict[str, Phase] = {"0000": "exhale", "0001": "inhale"}
@@ -43,51 +43,63 @@ def lungct_person(number: int) -> str:
 
 
 def read(root: Path) -> list[PairSource]:
-    """LungCT's pairs by number, then NLST's scans; CacheError where a pair's second image is missing."""
+    """LungCT's pairs by number, then NLST's scans; with a problem where a pair's second image is missing."""
     images, masks = found(root, IMAGE), found(root, MASK)
     if not images:
         raise nothing_found(root, "imagesTr/LungCT_0001_0000.nii.gz, LungCT_0001_0001.nii.gz, ... of Learn2Reg")
     points: dict[LandmarkKind, dict[tuple[str, ...], Path]] = {k: found(root, pattern) for k, pattern in POINTS.items()}
     sources = []
     for task, number in sorted({key[:2] for key in images}):
-        scans: dict[Phase, ScanSource] = {}
-        for frame, phase in FRAMES.items():
-            key = (task, number, frame)
-            if key not in images:
-                raise CacheError(f"{task}_{number}: no image {frame}; a pair has 0000 and 0001, copy it again")
-            scans[phase] = ScanSource(
-                image=images[key], lung=masks.get(key), lung_codes="nonzero", evidence="documentation of the collection"
-            )
-        if task == "nlst":
-            sources.extend(_single(f"learn2reg-nlst-{number}", scans, root))
-            continue
-        landmarks: dict[LandmarkKind, Landmarks] = {}
-        for kind, files in points.items():
-            pair: dict[Phase, Path | None] = {
-                phase: files.get((task, number, frame)) for frame, phase in FRAMES.items()
-            }
-            if any(pair.values()):
-                landmarks[kind] = _landmarks(f"{task}_{number}", pair, scans)
-        sources.append(
-            PairSource(
-                patient=lungct_person(int(number)),
-                scans=scans,
-                landmarks=landmarks,
-                dataset=dataset_name(root, "learn2reg-lungct"),
-                licence="terms of the Learn2Reg challenge",
-                person=lungct_person(int(number)),
-            )
-        )
+        patient = lungct_person(int(number)) if task == "lungct" else f"learn2reg-nlst-{number}"
+        sources += attempt(patient, _pair, root, patient, task, number, images, masks, points)
     return sources
 
 
-def _landmarks(name: str, files: dict[Phase, Path | None], scans: dict[Phase, ScanSource]) -> Landmarks:
+def _pair(
+    root: Path,
+    patient: str,
+    task: str,
+    number: str,
+    images: dict[tuple[str, ...], Path],
+    masks: dict[tuple[str, ...], Path],
+    points: dict[LandmarkKind, dict[tuple[str, ...], Path]],
+) -> list[PairSource]:
+    scans: dict[Phase, ScanSource] = {}
+    for frame, phase in FRAMES.items():
+        key = (task, number, frame)
+        if key not in images:
+            raise CacheError(f"no image {frame}; a pair has 0000 and 0001, copy it again")
+        scans[phase] = ScanSource(
+            image=images[key], lung=masks.get(key), lung_codes="nonzero", evidence="documentation of the collection"
+        )
+    if task == "nlst":
+        return _single(patient, scans, root)
+    landmarks: dict[LandmarkKind, Landmarks] = {}
+    for kind, files in points.items():
+        pair: dict[Phase, Path | None] = {phase: files.get((task, number, frame)) for frame, phase in FRAMES.items()}
+        if any(pair.values()):
+            landmarks[kind] = _landmarks(kind, pair, scans)
+    return [
+        PairSource(
+            patient=patient,
+            scans=scans,
+            landmarks=landmarks,
+            dataset=dataset_name(root, "learn2reg-lungct"),
+            licence="terms of the Learn2Reg challenge",
+            person=patient,
+        )
+    ]
+
+
+def _landmarks(kind: LandmarkKind, files: dict[Phase, Path | None], scans: dict[Phase, ScanSource]) -> Landmarks:
     in_mm = {}
     for phase, path in files.items():
         if path is None:
-            raise CacheError(f"patient {name}: no {phase} points, only the other phase's; copy both files")
-        in_mm[phase] = index_to_mm(read_points(path), grid_of(scans[phase].image))
-    return paired(name, in_mm["exhale"], in_mm["inhale"])
+            raise CacheError(f"no {phase} points ({kind}), only the other phase's; copy both files")
+        in_mm[phase] = index_to_mm(
+            read_points(path, f"{phase} points ({kind})"), grid_of(scans[phase].image, f"{phase} image")
+        )
+    return paired(in_mm["exhale"], in_mm["inhale"])
 
 
 def _single(patient: str, scans: dict[Phase, ScanSource], root: Path) -> list[PairSource]:

@@ -22,7 +22,7 @@ from lungssl_data.layouts.files import (
     paired,
     read_points,
 )
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 
 FRAMES: dict[str, Phase] = {"1": "inhale", "2": "exhale"}
@@ -58,47 +58,59 @@ def person(case: int) -> str:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Pairs by number, NLST's (two inspirations, years apart) as two patients; CacheError where an image is missing."""
+    """Pairs by number, NLST's (two inspirations, years apart) as two patients; CacheError for an unknown number.
+
+    A pair without its second image has that problem.
+    """
     images, masks, points = found(root, IMAGE), found(root, MASK), found(root, POINTS)
     if not images:
         raise nothing_found(root, "imagesTr/case_001_1.nii.gz, case_001_2.nii.gz, ... of Lung250M-4B")
     sources = []
     for number in sorted({number for number, _ in images}):
-        case = int(number)
-        if case > LAST_CASE:
+        if int(number) > LAST_CASE:
             raise CacheError(f"case_{number}: Lung250M-4B has the cases 0 to {LAST_CASE}; is it another collection?")
-        scans: dict[Phase, ScanSource] = {}
-        for frame, phase in FRAMES.items():
-            if (number, frame) not in images:
-                raise CacheError(f"case_{number}: no image {frame}; a pair has 1 and 2, copy it again")
-            scans[phase] = ScanSource(
-                image=images[number, frame],
-                offset_hu=COPD_OFFSET_HU if case in COPD_CASES else 0,
-                lung=masks.get((number, frame)),
-                lung_codes="nonzero",
-                evidence="documentation of the collection",
-            )
-        table = points.get((number,))
-        name, dual = f"lung250m-{number}", case not in NLST_CASES
-        landmarks: dict[LandmarkKind, Landmarks] = {}
-        if table is not None and dual:
-            both = read_points(table, columns=6)
-            inhale = index_to_mm(both[:, :3], grid_of(scans["inhale"].image))
-            exhale = index_to_mm(both[:, 3:], grid_of(scans["exhale"].image))
-            landmarks["automatic"] = paired(name, exhale, inhale)
-        parts: list[tuple[str, dict[Phase, ScanSource]]] = [(name, scans)]
-        if not dual:
-            parts = [(f"{name}-{frame}", {"inhale": scans[phase]}) for frame, phase in FRAMES.items()]
-        sources.extend(
-            PairSource(
-                patient=patient,
-                scans=part,
-                landmarks=landmarks,
-                dataset=dataset_name(root, "lung250m"),
-                licence="terms of the collection each case is from",
-                person=person(case),
-                dual_phase=dual,
-            )
-            for patient, part in parts
-        )
+        sources += attempt(f"lung250m-{number}", _pair, root, number, images, masks, points.get((number,)))
     return sources
+
+
+def _pair(
+    root: Path,
+    number: str,
+    images: dict[tuple[str, ...], Path],
+    masks: dict[tuple[str, ...], Path],
+    table: Path | None,
+) -> list[PairSource]:
+    case = int(number)
+    scans: dict[Phase, ScanSource] = {}
+    for frame, phase in FRAMES.items():
+        if (number, frame) not in images:
+            raise CacheError(f"no image {frame}; a pair has 1 and 2, copy it again")
+        scans[phase] = ScanSource(
+            image=images[number, frame],
+            offset_hu=COPD_OFFSET_HU if case in COPD_CASES else 0,
+            lung=masks.get((number, frame)),
+            lung_codes="nonzero",
+            evidence="documentation of the collection",
+        )
+    name, dual = f"lung250m-{number}", case not in NLST_CASES
+    landmarks: dict[LandmarkKind, Landmarks] = {}
+    if table is not None and dual:
+        both = read_points(table, "points", columns=6)
+        inhale = index_to_mm(both[:, :3], grid_of(scans["inhale"].image, "inhale image"))
+        exhale = index_to_mm(both[:, 3:], grid_of(scans["exhale"].image, "exhale image"))
+        landmarks["automatic"] = paired(exhale, inhale)
+    parts: list[tuple[str, dict[Phase, ScanSource]]] = [(name, scans)]
+    if not dual:
+        parts = [(f"{name}-{frame}", {"inhale": scans[phase]}) for frame, phase in FRAMES.items()]
+    return [
+        PairSource(
+            patient=patient,
+            scans=part,
+            landmarks=landmarks,
+            dataset=dataset_name(root, "lung250m"),
+            licence="terms of the collection each case is from",
+            person=person(case),
+            dual_phase=dual,
+        )
+        for patient, part in parts
+    ]

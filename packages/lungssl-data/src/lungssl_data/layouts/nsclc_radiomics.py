@@ -11,7 +11,7 @@ from pathlib import Path
 from lungssl_data.ids import load_key
 from lungssl_data.layouts import dicom
 from lungssl_data.layouts.files import dataset_name, has_name, names_under, nothing_found
-from lungssl_data.layouts.source import PairSource
+from lungssl_data.layouts.source import PairSource, attempt
 from lungssl_data.pair import CacheError
 from lungssl_data.readers.dicom_tree import find_series
 
@@ -27,7 +27,7 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Patients by number but for LEFT_OUT; CacheError where one has several CT series of equal length, or none."""
+    """Patients by number but for LEFT_OUT; with a problem where one has several CT series of equal length, or none."""
     pattern = re.compile(r"^((?:.*/)?lung1-(\d{3}))/(?:[^/]+/)*[^/]+$", re.IGNORECASE)
     folders: dict[int, Path] = {}
     for name in names_under(root):
@@ -36,27 +36,26 @@ def read(root: Path) -> list[PairSource]:
             folders[int(match[2])] = root / match[1]
     if not folders:
         raise nothing_found(root, "LUNG1-001/<study>/<series>/*.dcm, ... of NSCLC-Radiomics")
-    key, sources, unclear = load_key(), [], []
+    key, sources = load_key(), []
     for number, folder in sorted(folders.items()):
-        if number in LEFT_OUT:
-            continue
-        series = find_series(folder, key=key)
-        try:
-            if not series:
-                raise dicom.UnclearError("no CT series")
-            scan = dicom.source(dicom.best(series), FREE_BREATHING)
-        except dicom.UnclearError as error:
-            unclear.append(f"LUNG1-{number:03d}: {error}")
-            continue
-        sources.append(
-            PairSource(
-                patient=f"nsclc-radiomics-{number:03d}",
-                scans={"inhale": scan},
-                dataset=dataset_name(root, "nsclc-radiomics"),
-                licence="CC BY-NC 3.0",
-            )
-        )
-    dicom.refuse(unclear, len(sources) + len(unclear))
+        if number not in LEFT_OUT:
+            patient = f"nsclc-radiomics-{number:03d}"
+            sources += attempt(patient, _source, root, patient, folder, key)
     if not sources:
         raise CacheError(f"{root}: of NSCLC-Radiomics only patients that are left out {LEFT_OUT}; copy the others")
     return sources
+
+
+def _source(root: Path, patient: str, folder: Path, key: bytes) -> list[PairSource]:
+    series = find_series(folder, key=key)
+    if not series:
+        raise CacheError("no CT series in its folder; copy it again")
+    scan = dicom.source(dicom.best(series), FREE_BREATHING)
+    return [
+        PairSource(
+            patient=patient,
+            scans={"inhale": scan},
+            dataset=dataset_name(root, "nsclc-radiomics"),
+            licence="CC BY-NC 3.0",
+        )
+    ]

@@ -29,7 +29,7 @@ from lungssl_data.layouts.files import (
     paired,
     read_points,
 )
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import PairSource, ScanSource, attempt
 from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
 
 ORIGINAL: dict[str, Phase] = {"60": "exhale", "10": "inhale"}
@@ -67,8 +67,8 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """The original, then the six patients as far as they are there."""
-    sources = [*_original(root), *_six(root)]
+    """The original, then the six patients as far as they are there; with a problem where files are missing or wrong."""
+    sources = [*attempt("popi-original", _original, root), *_six(root)]
     if not sources:
         raise nothing_found(root, "10-P.mhd and 60-P.mhd of the POPI-model, or bl/mhd/10.mhd and bl/pts/10.pts")
     return sources
@@ -83,19 +83,19 @@ def _original(root: Path) -> list[PairSource]:
     for percent, phase in ORIGINAL.items():
         image = images.get((percent,))
         if image is None:
-            raise CacheError(f"patient popi-original: no {phase} image; expected {percent}-P.mhd")
+            raise CacheError(f"no {phase} image; expected {percent}-P.mhd")
         scans[phase] = ScanSource(
             image=image, lung=masks.get((percent,)), lung_codes="popi", evidence="reference phase in the documentation"
         )
         if (percent,) in points:
-            from_first = read_points(points[percent,])
+            from_first = read_points(points[percent,], f"{phase} landmarks")
             if len(from_first) == ORIGINAL_POINTS:
                 from_first = from_first[:-1]
-            grid = grid_of(image)
+            grid = grid_of(image, f"{phase} image")
             in_mm[phase] = index_to_mm(from_first / np.asarray(grid.spacing_mm), grid)
-    landmarks = _landmarks("popi-original", in_mm)
+    landmarks = _landmarks(in_mm)
     if landmarks and not is_phantom(root):
-        check_distance("popi-original", landmarks["expert"], *DISTANCE_MM)
+        check_distance(landmarks["expert"], *DISTANCE_MM)
     return [
         PairSource(
             patient="popi-original",
@@ -110,46 +110,53 @@ def _original(root: Path) -> list[PairSource]:
 
 def _six(root: Path) -> list[PairSource]:
     images, points, series = found(root, SIX_IMAGE), found(root, SIX_POINTS), _dicom(root)
-    sources = []
-    for name, shift_mm in DICOM_SHIFT_MM.items():
-        there = {phase for own, phase in (*images, *series) if own == name}
-        if not there:
-            continue
-        patient = f"popi-{name}"
-        inhale = next((phase for phase in INHALE.get(name, ("00",)) if phase in there), None)
-        exhale = EXHALE.get(name, "50")
-        if inhale is None or exhale not in there:
-            raise CacheError(f"patient {patient}: phases {', '.join(sorted(there))}; {exhale} and 00 are needed")
-        scans: dict[Phase, ScanSource] = {}
-        in_mm = {}
-        percents: dict[Phase, str] = {"exhale": exhale, "inhale": inhale}
-        for phase, percent in percents.items():
-            image, slices = images.get((name, percent)), series.get((name, percent), ())
-            evidence = "reference phase in the documentation" if phase == "exhale" else "file name"
-            if image is not None:
-                scans[phase] = ScanSource(image=image, evidence=evidence)
-            else:
-                scans[phase] = ScanSource(image=slices[0].parent, slices=slices, evidence=evidence)
-            if (name, percent) in points:
-                moved = [0.0, 0.0 if image is not None else shift_mm, 0.0]
-                in_mm[phase] = read_points(points[name, percent]) + moved
-        sources.append(
-            PairSource(
-                patient=patient,
-                scans=scans,
-                landmarks=_landmarks(patient, in_mm),
-                dataset=dataset_name(root, "popi"),
-                licence=LICENCE,
-                person=patient,
-            )
+    there = {name for name, _ in (*images, *series)}
+    named = [name for name in DICOM_SHIFT_MM if name in there]
+    return [one for name in named for one in attempt(f"popi-{name}", _one_of_six, root, name, images, points, series)]
+
+
+def _one_of_six(
+    root: Path,
+    name: str,
+    images: dict[tuple[str, ...], Path],
+    points: dict[tuple[str, ...], Path],
+    series: dict[tuple[str, str], tuple[Path, ...]],
+) -> list[PairSource]:
+    there = {phase for own, phase in (*images, *series) if own == name}
+    inhale = next((phase for phase in INHALE.get(name, ("00",)) if phase in there), None)
+    exhale = EXHALE.get(name, "50")
+    if inhale is None or exhale not in there:
+        raise CacheError(f"phases {', '.join(sorted(there))} only; {exhale} and 00 are needed, copy them")
+    scans: dict[Phase, ScanSource] = {}
+    in_mm = {}
+    percents: dict[Phase, str] = {"exhale": exhale, "inhale": inhale}
+    for phase, percent in percents.items():
+        image, slices = images.get((name, percent)), series.get((name, percent), ())
+        evidence = "reference phase in the documentation" if phase == "exhale" else "file name"
+        if image is not None:
+            scans[phase] = ScanSource(image=image, evidence=evidence)
+        else:
+            scans[phase] = ScanSource(image=slices[0].parent, slices=slices, evidence=evidence)
+        if (name, percent) in points:
+            moved = [0.0, 0.0 if image is not None else DICOM_SHIFT_MM[name], 0.0]
+            in_mm[phase] = read_points(points[name, percent], f"{phase} landmarks") + moved
+    patient = f"popi-{name}"
+    return [
+        PairSource(
+            patient=patient,
+            scans=scans,
+            landmarks=_landmarks(in_mm),
+            dataset=dataset_name(root, "popi"),
+            licence=LICENCE,
+            person=patient,
         )
-    return sources
+    ]
 
 
-def _landmarks(patient: str, in_mm: Mapping[Phase, np.ndarray]) -> dict[LandmarkKind, Landmarks]:
+def _landmarks(in_mm: Mapping[Phase, np.ndarray]) -> dict[LandmarkKind, Landmarks]:
     if len(in_mm) == 1:
-        raise CacheError(f"patient {patient}: landmarks of {next(iter(in_mm))} only; copy the other file, too")
-    return {"expert": paired(patient, in_mm["exhale"], in_mm["inhale"])} if in_mm else {}
+        raise CacheError(f"landmarks of {next(iter(in_mm))} only; copy the other file, too")
+    return {"expert": paired(in_mm["exhale"], in_mm["inhale"])} if in_mm else {}
 
 
 def _dicom(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:

@@ -1,11 +1,12 @@
 """Where one patient's scans lie, before anything is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase, Split, check_patient_id
-from lungssl_data.readers import files_of, raw, read_slices, read_volume
+from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase, Split
+from lungssl_data.readers import VolumeError, files_of, raw, read_slices, read_volume
 from lungssl_data.readers.checks import Stored, hounsfield
 from lungssl_data.readers.raw import RawFormat
 from lungssl_data.volume import Volume
@@ -52,6 +53,14 @@ LESION_CODES: dict[str, dict[int, int]] = {
 """Other people's lesion labels to 1 ground glass, 2 consolidation, 3 lesion of unnamed type (`domain.md` C9)."""
 
 
+class NamedError(CacheError):
+    """An error that has to name files, as `problem` can't: that is for reports and holds no name."""
+
+    def __init__(self, problem: str, *, names: str) -> None:
+        super().__init__(f"{names} {problem}")
+        self.problem = problem
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScanSource:
     """Files of one phase."""
@@ -87,9 +96,10 @@ class ScanSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """Files of one patient."""
+    """Files of one patient; or a patient who can't be used, with the `problem` and no scans."""
 
     patient: str
+    """Any text until `read_layout` has keyed and checked it, then the name of the file in the cache."""
     scans: dict[Phase, ScanSource] = field(default_factory=dict)
     displacement: Path | None = None
     """Exhale-to-inhale vector field (.nrrd or .mha), LPS mm, on a grid in exhale space."""
@@ -105,20 +115,60 @@ class PairSource:
     """False where the collection's two scans are not exhale and inhale (NLST: two inspiratory scans)."""
     split: Split | None = None
     """None: decided when the cache is built."""
+    problem: str = ""
+    """Why the patient can't be used, and what to do; without any name."""
+    place: str = ""
+    """Where the patient is in the layout, by number, e.g. `line 3`: for those whose id may not be said."""
 
     def __post_init__(self) -> None:
-        check_patient_id(self.patient)
-        if not self.scans:
-            raise CacheError(f"patient {self.patient}: no exhale and no inhale image; at least one is needed")
+        if self.problem and self.scans:
+            raise ValueError("a patient with a problem and with scans; give one of the two")
+        if not self.problem and not self.scans:
+            raise CacheError("a patient with no exhale and no inhale image; at least one is needed")
+
+    def check_paths(self) -> None:
+        """CacheError, with the role, for a path that is neither file nor folder: who opens a pipe waits for ever."""
+        for phase, scan in self.scans.items():
+            for role in ("image", "lung", "lobes", "lesion"):
+                check_path(getattr(scan, role), f"{phase} {role}")
+        check_path(self.displacement, "displacement")
+
+
+def check_path(path: Path | None, role: str) -> None:
+    """CacheError, with the role, unless the path is None, a file or a folder."""
+    if path is None or path.is_file() or path.is_dir():
+        return
+    if path.exists():
+        raise CacheError(f"{role}: is neither a file nor a folder; put the scan's file or folder in its place")
+    raise CacheError(f"{role}: no such file or folder; correct the path, or copy it again")
+
+
+def attempt(patient: str, read: Callable[..., list[PairSource]], *arguments: Any, place: str = "") -> list[PairSource]:
+    """What `read` makes of a patient's files; where they can't be used, the patient with the problem."""
+    try:
+        return read(*arguments)
+    except (CacheError, VolumeError, OSError) as error:
+        return [PairSource(patient=patient, problem=nameless(error), place=place)]
+
+
+def nameless(error: Exception) -> str:
+    """An error of a layout in words that name no file and no patient.
+
+    CacheErrors of layouts name none but what the user typed; those that must are NamedErrors.
+    """
+    if isinstance(error, OSError):
+        why = error.strerror or type(error).__name__
+        return f"a file or folder can't be read ({why}); look at its path and permissions"
+    if isinstance(error, (CacheError, VolumeError)):
+        return getattr(error, "problem", str(error))
+    return f"unexpected {type(error).__name__}; a file is damaged, or this is a bug"
 
 
 def parse_phase(text: str) -> Phase:
-    """A phase from any spelling in PHASE_ALIASES."""
+    """A phase from any spelling in PHASE_ALIASES; CacheError, which doesn't repeat the text, for another."""
     phase = PHASE_ALIASES.get(text.strip().lower())
     if phase is None:
-        raise CacheError(
-            f"phase {text!r} is unknown; write exhale or inhale (read as well: {', '.join(PHASE_ALIASES)})"
-        )
+        raise CacheError(f"the phase is unknown; write exhale or inhale (read as well: {', '.join(PHASE_ALIASES)})")
     return phase
 
 

@@ -6,11 +6,13 @@ Each study with both is a pair. Lung250M-4B's "TCIA-NSCLC" pairs are of 20 patie
 not published (`splits.py` keeps both in one split).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lungssl_data.layouts import dicom
 from lungssl_data.layouts.files import dataset_name, has_name, nothing_found
-from lungssl_data.layouts.source import PairSource
+from lungssl_data.layouts.source import PairSource, attempt
+from lungssl_data.readers.dicom_tree import CtSeries
 
 NAMES = r"\d{3}_hm\d+/(?:[^/]+/)*[^/]+"
 
@@ -22,29 +24,26 @@ def recognises(root: Path) -> bool:
 
 def read(root: Path) -> list[PairSource]:
     """A pair for each study with 0 % and 50 %, `<keyed id>-1`, `-2`, ... in the order of the studies' keyed ids."""
-    sources, unclear = [], []
+    sources = []
     for patient, series in dicom.by_patient(dicom.listed(root)).items():
         place = 0
         for study in sorted({one.study for one in series}):
             extremes = [one for one in series if one.study == study and one.phase is not None]
-            if {one.phase for one in extremes} != {"exhale", "inhale"}:
-                continue
-            place += 1
-            try:
-                scans = dicom.chosen(extremes)
-            except dicom.UnclearError as error:
-                unclear.append(f"patient {patient}-{place}: {error}")
-                continue
-            sources.append(
-                PairSource(
-                    patient=f"{patient}-{place}",
-                    scans=scans,
-                    dataset=dataset_name(root, "tcia-4dlung"),
-                    licence="CC BY 3.0",
-                    person=f"tcia-4dlung:{patient}",
-                )
-            )
-    dicom.refuse(unclear, len(sources) + len(unclear))
+            if {one.phase for one in extremes} == {"exhale", "inhale"}:
+                place += 1
+                sources += attempt(f"{patient}-{place}", _source, root, patient, place, extremes)
     if not sources:
         raise nothing_found(root, "DICOM series of one study described with 0.0% and 50.0%")
     return sources
+
+
+def _source(root: Path, patient: str, place: int, series: Sequence[CtSeries]) -> list[PairSource]:
+    return [
+        PairSource(
+            patient=f"{patient}-{place}",
+            scans=dicom.chosen(series),
+            dataset=dataset_name(root, "tcia-4dlung"),
+            licence="CC BY 3.0",
+            person=f"tcia-4dlung:{patient}",
+        )
+    ]

@@ -5,11 +5,13 @@ Source: https://doi.org/10.7937/3ppx-7s22; `domain.md` C7. The series descriptio
 published (`splits.py` keeps both in one split).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lungssl_data.layouts import dicom
 from lungssl_data.layouts.files import dataset_name, has_name, nothing_found
-from lungssl_data.layouts.source import PairSource
+from lungssl_data.layouts.source import PairSource, attempt
+from lungssl_data.readers.dicom_tree import CtSeries
 
 NAMES = r"ct-pet-vi-\d+/(?:[^/]+/)*[^/]+"
 
@@ -21,27 +23,23 @@ def recognises(root: Path) -> bool:
 
 def read(root: Path) -> list[PairSource]:
     """Pairs by the patients' keyed ids; patients without a breath-hold pair, which have other scans, are left out."""
-    sources, unclear = [], []
-    patients = dicom.by_patient(dicom.listed(root))
-    for patient, series in patients.items():
+    sources = []
+    for patient, series in dicom.by_patient(dicom.listed(root)).items():
         named = [one for one in series if one.evidence == dicom.WORD]
-        if {one.phase for one in named} != {"exhale", "inhale"}:
-            continue
-        try:
-            scans = dicom.chosen(named)
-        except dicom.UnclearError as error:
-            unclear.append(f"patient {patient}: {error}")
-            continue
-        sources.append(
-            PairSource(
-                patient=patient,
-                scans=scans,
-                dataset=dataset_name(root, "tcia-ventilation"),
-                licence="CC BY 4.0",
-                person=f"tcia-ventilation:{patient}",
-            )
-        )
-    dicom.refuse(unclear, len(sources) + len(unclear))
+        if {one.phase for one in named} == {"exhale", "inhale"}:
+            sources += attempt(patient, _source, root, patient, named)
     if not sources:
         raise nothing_found(root, 'DICOM series described as "Thorax Insp ..." and "Thorax Exp ..." of one patient')
     return sources
+
+
+def _source(root: Path, patient: str, series: Sequence[CtSeries]) -> list[PairSource]:
+    return [
+        PairSource(
+            patient=patient,
+            scans=dicom.chosen(series),
+            dataset=dataset_name(root, "tcia-ventilation"),
+            licence="CC BY 4.0",
+            person=f"tcia-ventilation:{patient}",
+        )
+    ]
