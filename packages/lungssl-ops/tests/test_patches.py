@@ -3,7 +3,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lungssl_ops.patches import masked_patch_mse, patchify, unpatchify
+from lungssl_ops import patches
+from lungssl_ops.dispatch import compiled_problem
+from lungssl_ops.patches import embed_patches, masked_patch_mse, patchify, unpatchify
+from lungssl_ops.patches.reference import masked_patch_mse_reference
+from torch import Tensor
 
 
 def test_voxels_are_where_the_docstring_says() -> None:
@@ -23,10 +27,18 @@ def test_unpatchify_undoes_patchify(grid: tuple[int, int, int], patch: tuple[int
     assert torch.equal(unpatchify(patchify(volume, patch), grid, patch), volume)
 
 
-def test_rows_match_a_strided_convolution() -> None:
-    volume, kernel = torch.randn(2, 1, 4, 6, 8), torch.randn(5, 1, 2, 3, 4)
-    expected = F.conv3d(volume, kernel, stride=(2, 3, 4)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(patchify(volume, (2, 3, 4)) @ kernel.flatten(1).T, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("patch", [(2, 3, 4), (1, 1, 2), (4, 6, 8)])
+def test_the_embedding_is_a_convolution_whose_stride_is_its_kernel(patch: tuple[int, int, int]) -> None:
+    volume = torch.randn(3, 8, 6, 4, 2, dtype=torch.float64).permute(0, 4, 3, 2, 1)  # b 2, z 4, y 6, x 8
+    weight, bias = torch.randn(5, 2, *patch, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    expected = F.conv3d(volume, weight, bias, stride=patch).flatten(2).mT
+    torch.testing.assert_close(embed_patches(volume, weight, bias), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(embed_patches(volume, weight), expected - bias, rtol=1e-12, atol=1e-12)
+
+
+def test_the_embedding_s_gradients_are_the_numerical_ones() -> None:
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in [(1, 1, 2, 6, 4), (2, 1, 2, 3, 2), (2,)]]
+    assert torch.autograd.gradcheck(embed_patches, [x.requires_grad_() for x in inputs])
 
 
 def test_a_side_that_does_not_divide_is_refused() -> None:
@@ -34,6 +46,8 @@ def test_a_side_that_does_not_divide_is_refused() -> None:
         patchify(torch.zeros(1, 1, 4, 6, 9), (4, 4, 4))
     with pytest.raises(ValueError, match="5 rows of 8 values don't fill a grid"):
         unpatchify(torch.zeros(1, 5, 8), (1, 2, 2), (2, 2, 2))
+    with pytest.raises(ValueError, match=r"\(4, 6, 9\) must be multiples of the patch \(4, 3, 2\)"):
+        embed_patches(torch.zeros(1, 1, 4, 6, 9), torch.zeros(5, 1, 4, 3, 2))
 
 
 @pytest.mark.parametrize(("p", "expected"), [(64, 0.984375), (512, 0.998047), (4096, 0.999756)])
@@ -108,3 +122,41 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_an_empty_mask_gives_nan() -> None:
     nothing = torch.zeros(1, 2, dtype=torch.bool)
     assert torch.isnan(masked_patch_mse(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), nothing, torch.ones(1, 2, 3)))
+
+
+needs_inductor = pytest.mark.skipif(bool(compiled_problem()), reason=compiled_problem())
+
+
+@needs_inductor
+@pytest.mark.usefixtures("unchecked")
+def test_the_compiled_error_is_the_definition_s() -> None:
+    pred, target = torch.randn(2, 5, 33, requires_grad=True), torch.randn(2, 5, 33)
+    mask, weight = torch.rand(2, 5) < 0.6, torch.rand(2, 5, 33).round(decimals=1)
+    exact = pred.detach().double().requires_grad_()
+    expected = masked_patch_mse(exact, target.double(), mask, weight.double(), backend="reference")
+    loss = masked_patch_mse(pred, target, mask, weight, backend="compiled")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (gradient,), (exact_gradient,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, exact)
+    assert (gradient - exact_gradient).norm() < 1e-5 * exact_gradient.norm()
+
+
+def test_on_a_cpu_the_definition_runs_unless_the_compiled_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LUNGSSL_OPS", raising=False)
+    three, mask = torch.rand(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    assert patches._masked_patch_mse(three, three, mask, three) is masked_patch_mse_reference
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match=r"can't run: .*torch.compile needs a C\+\+ compiler"):
+        masked_patch_mse(three, three, mask, three, backend="compiled")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_outer_compilation_traces_error_and_embedding_without_a_break() -> None:
+    def loss(volume: Tensor, weight: Tensor) -> Tensor:
+        tokens = embed_patches(volume, weight)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return masked_patch_mse(tokens, tokens.flip(1), mask, torch.ones_like(tokens))
+
+    inputs = torch.randn(1, 1, 4, 4, 6), torch.randn(7, 1, 2, 2, 3)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), loss(*inputs))

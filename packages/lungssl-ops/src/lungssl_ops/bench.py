@@ -8,11 +8,16 @@ call allocates beyond its inputs, from the profiler's allocation events on a CPU
 import argparse
 import json
 import statistics
+import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
+from lungssl_ops.bench_tables import markdown_table, write_block
 from lungssl_ops.measure import Case, bandwidth, commit, flops_per_s, machine, peak_mb, timings
 
 OPS = ("multicrop_ce", "prototype_ce", "ct_views", "lncc", "warp", "mind", "cost_volume", "patches", "ema")
@@ -42,14 +47,24 @@ class Row:
 
 
 def run(*, quick: bool, device: str, compiled: bool, only: str = "") -> dict[str, object]:
-    """All cases as {"benchmark", "ratios", "checks", "machine", "commit", "rows"}; ratios above 1: ours is better."""
+    """All cases as {"benchmark", "ratios", "checks", "machine", "commit", "rows"}; ratios above 1: ours is better.
+
+    An op whose case fails has the check `<op>_ran` false; the others go on, because a GPU may be lent for minutes.
+    """
     speeds = bandwidth(device), flops_per_s(device)
     rows, ratios, checks = [], {}, {}
-    for case in _cases(only, quick=quick, device=device, compiled=compiled):
-        found = _rows(case, device=device, repeats=5 if quick else 25, speeds=speeds)
-        rows += found.values()
-        ratios |= _ratios(case, found)
-        checks |= _checks(case, found)
+    for op in (op for op in OPS if only in op):
+        try:
+            for case in _cases(op, quick=quick, device=device, compiled=compiled):
+                found = _rows(case, device=device, repeats=5 if quick else 25, speeds=speeds)
+                rows += found.values()
+                ratios |= _ratios(case, found)
+                checks |= _checks(case, found)
+                print(f"{case.op} {case.size}: {len(found)} runs timed", file=sys.stderr)
+            checks[f"{op}_ran"] = True
+        except Exception:
+            traceback.print_exc()
+            checks[f"{op}_ran"] = False
     speed = {"gb_per_s": round(speeds[0] / 1e9, 1), "gflop_per_s": round(speeds[1] / 1e9), "quick": quick}
     return {
         "benchmark": "ops",
@@ -62,37 +77,52 @@ def run(*, quick: bool, device: str, compiled: bool, only: str = "") -> dict[str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: prints a table, writes the full JSON, and ends with one JSON line."""
-    parser = argparse.ArgumentParser(description="Time lungssl-ops beside its rivals.")
+    """Command line: prints a table, writes the full JSON, and ends with one JSON line; exit status 1 if a check fails.
+
+    With --readme it writes the table of an earlier run into a README instead.
+    """
+    parser = argparse.ArgumentParser(prog="lungssl_ops.bench", description="Time lungssl-ops beside its rivals.")
     parser.add_argument("--quick", action="store_true", help="small sizes, 5 repeats, a few seconds")
     parser.add_argument("--device", default="cpu", help="torch device, e.g. cuda")
     parser.add_argument("--compile", action="store_true", help="add torch.compile of the rivals (needs a C++ compiler)")
     parser.add_argument("--only", default="", help="ops whose folder's name holds this text, e.g. lncc")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the full table")
+    parser.add_argument("--out", type=Path, help="JSON file for the full table")
+    parser.add_argument("--readme", type=Path, help="time nothing: write the table of --from into this README")
+    parser.add_argument("--from", type=Path, dest="source", help="JSON file of an earlier run, for --readme")
     options = parser.parse_args(arguments)
+    if (options.readme is None) != (options.source is None):
+        parser.error("--readme and --from go together: the README to write and the JSON file of an earlier run")
+    if options.readme:
+        write_block(options.readme, json.loads(options.source.read_text(encoding="utf-8")))
+        return
+    if options.out is None:
+        parser.error("--out FILE.json is missing: where the full table goes")
+    if not any(options.only in op for op in OPS):
+        parser.error(f"--only {options.only}: no op's name holds this text; the ops are {', '.join(OPS)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch sees no CUDA device here")
     result = run(quick=options.quick, device=options.device, compiled=options.compile, only=options.only)
+    result["command"] = _command(options)
     print(markdown_table(result["rows"]))  # pyright: ignore[reportArgumentType]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("rows", "command")}))
+    if not all(result["checks"].values()):  # pyright: ignore[reportAttributeAccessIssue]
+        sys.exit(1)
 
 
-def markdown_table(rows: list[dict[str, object]]) -> str:
-    """The rows as a markdown table."""
-    lines = [
-        "| op | size | run | median [p25, p75] ms | min ms | peak MB | floor ms | share of floor | error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        spread = "{median_ms:.2f} [{p25_ms:.2f}, {p75_ms:.2f}]".format_map(row)
-        cells = "{min_ms:.2f} | {peak_mb:.1f} | {floor_ms:.2f} | {floor_share:.2f} | {error:.0e}".format_map(row)
-        lines.append(f"| {row['op']} | {row['size']} | {row['run']} | {spread} | {cells} |")
-    return "\n".join(lines)
+def _command(options: argparse.Namespace) -> str:
+    """What to type for the same run."""
+    words = [f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/bench_ops.py"]
+    words += ["--quick"] * options.quick + ["--compile"] * options.compile
+    words += [f"--device {options.device}"] * (options.device != "cpu") + [f"--only {options.only}"] * bool(
+        options.only
+    )
+    return " ".join(words)
 
 
-def _cases(only: str, *, quick: bool, device: str, compiled: bool) -> Iterator[Case]:
-    for op in (op for op in OPS if only in op):
-        yield from import_module(f"lungssl_ops.{op}.bench").cases(quick=quick, device=device, compiled=compiled)
+def _cases(op: str, *, quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    return import_module(f"lungssl_ops.{op}.bench").cases(quick=quick, device=device, compiled=compiled)
 
 
 def _rows(case: Case, *, device: str, repeats: int, speeds: tuple[float, float]) -> dict[str, Row]:
@@ -139,3 +169,7 @@ def _checks(case: Case, rows: dict[str, Row]) -> dict[str, bool]:
         for name, limit in limits.items()
         if name in rows
     }
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,16 @@
 
 An op's source has `extern "C"` functions on raw pointers, sizes and a number of threads, and allocates nothing of size:
 its scratch memory comes as tensors, which torch counts. `cpp_problem(source)` says why it can't be had.
+
+Kernels share torch's OpenMP threads (the loader takes its libgomp.so.1 for theirs). After a fork they run on one thread
+only, which is what torch sets in a DataLoader's workers: libgomp's other threads stay behind in the parent.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -32,20 +36,20 @@ def library(source: Path) -> ctypes.CDLL:
 
     Raises CppError where there is no compiler, it fails, or the cache folder could be written by others.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise CppError("no C++ compiler (g++ or clang++) on the PATH")
-    command = [compiler, *FLAGS]
+    command = [*_compiler(), *FLAGS]
     target = cache_folder() / f"{source.stem}_{_key(command, source)}.so"
     if not target.exists():
         _compile(command, source, target)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError:
+        _compile(command, source, target)  # the file was damaged
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise CppError(f"{target.name} can't be loaded: {error}") from error
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def cpp_problem(source: Path) -> str:
     """Why a source can't be used, or nothing; compiles it."""
@@ -57,11 +61,18 @@ def cpp_problem(source: Path) -> str:
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """The address of a contiguous tensor's data, 0 for None."""
+    """The address of a contiguous tensor's data, 0 for None. It keeps the tensor, as in `pointer(x.contiguous())`."""
     if tensor is None:
         return ctypes.c_void_p(0)
     assert tensor.is_contiguous() and tensor.device.type == "cpu", "C++ kernels take contiguous tensors on the CPU"
-    return ctypes.c_void_p(tensor.data_ptr())
+    address = _Address(tensor.data_ptr())
+    address.tensor = tensor
+    return address
+
+
+class _Address(ctypes.c_void_p):
+    tensor: Tensor
+    """Named nowhere else, a tensor's memory would be free again before the kernel runs."""
 
 
 def threads() -> ctypes.c_int:
@@ -69,22 +80,38 @@ def threads() -> ctypes.c_int:
     return ctypes.c_int(torch.get_num_threads())
 
 
+def _compiler() -> list[str]:
+    """$CXX, which may be more than one word (`ccache g++`), else g++, else clang++."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    found = shutil.which("g++") or shutil.which("clang++")
+    if not words and found is None:
+        raise CppError("no C++ compiler (g++ or clang++) on the PATH")
+    return words or [str(found)]
+
+
 def _compile(command: list[str], source: Path, target: Path) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".so")
-    os.close(descriptor)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".so")
+        os.close(descriptor)
+    except OSError as error:
+        raise CppError(f"no place for a compiled {source.name} in {target.parent}: {error}") from error
     temporary = Path(name)
     try:
         done = subprocess.run(
             [*command, str(source), "-o", str(temporary)],
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             timeout=LONGEST_COMPILATION_S,
+            env=os.environ | {"LC_ALL": "C"},  # the word `error` is looked for below
         )
         if done.returncode != 0:
-            last = (done.stderr.strip() or "no message").splitlines()
-            errors = [line for line in last if "error" in line] or last[-1:]
-            raise CppError(f"{command[0]} fails on {source.name}: {errors[0]}")
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            errors = [line for line in lines if "error: " in line] or lines[-1:]
+            raise CppError(f"{shlex.join(command[:1])} fails on {source.name}: {errors[0]}")
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # loading a file cut short by a power failure could end the process
         os.replace(temporary, target)  # two processes that compile at once each put the same file there
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CppError(f"{command[0]} can't compile {source.name}: {error}") from error
@@ -94,16 +121,17 @@ def _compile(command: list[str], source: Path, target: Path) -> None:
 
 def _key(command: list[str], source: Path) -> str:
     # -march=native: a home folder may be shared by machines with other CPUs.
-    parts = [*command, _compiler_version(command[0]), _cpu(), source.read_text(encoding="utf-8")]
+    program = tuple(command[: -len(FLAGS)])
+    parts = [*command, _compiler_version(program), _cpu(), source.read_text(encoding="utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _compiler_version(compiler: str) -> str:
+def _compiler_version(program: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        raise CppError(f"the C++ compiler {compiler} doesn't run: {error}") from error
+        raise CppError(f"the C++ compiler {shlex.join(program)} doesn't run: {error}") from error
     return done.stdout
 
 
@@ -117,14 +145,12 @@ def _cpu() -> str:
 
 def cache_folder() -> Path:
     """Of compiled kernels and tuned launches: $LUNGSSL_OPS_CACHE, else in the user's cache; CppError if unsafe."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(
-        os.environ.get("LUNGSSL_OPS_CACHE") or (Path(base) if base else Path.home() / ".cache") / "lungssl-ops"
-    )
+    named, base = os.environ.get("LUNGSSL_OPS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
+        folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "lungssl-ops"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         raise CppError(f"no cache folder for compiled kernels ({error}); name one in LUNGSSL_OPS_CACHE") from error
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise CppError(f"others could put code into {folder}; chmod go-w it, or name another in LUNGSSL_OPS_CACHE")

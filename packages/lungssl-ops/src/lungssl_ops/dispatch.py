@@ -1,22 +1,26 @@
 """Which implementation of an op runs: Triton on a GPU, C++ on a CPU, else what torch compiles, else the definition.
 
-`LUNGSSL_OPS=reference` (or triton, cpp, compiled) forces one for all ops, `backend=...` for one call; a forced one that
-can't run raises RuntimeError with the reason. Left to itself, an op that has to do without its fast path says so once.
+`LUNGSSL_OPS=reference` (or triton, cpp, torch, compiled) forces one for all ops, `LUNGSSL_OPS=lncc=cpp,warp=reference`
+for some, `backend=...` for one call; a forced one that can't run raises RuntimeError with the reason. Left to itself,
+an op that has to do without its fast path says so once. The choice is a constant under `torch.compile`: what has been
+traced doesn't look at LUNGSSL_OPS again.
 """
 
 import functools
+import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "cpp", "compiled", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "triton", "cpp", "compiled", "reference")
+Backend = Literal["auto", "triton", "cpp", "torch", "compiled", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 _log = logging.getLogger("lungssl_ops")
 
 
@@ -37,7 +41,11 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = ()
     """Of the first tensor; empty: any."""
     problem: Callable[[], str] = always
-    """Why this machine can't run it, e.g. `no C++ compiler`; empty: it can. Asked once."""
+    """Why this machine can't run it, e.g. `no C++ compiler`; empty: it can. Asked at each call, so it remembers."""
+
+
+_Facts = tuple[tuple[str, torch.dtype], ...]
+"""Device type and dtype of each tensor: all that a choice depends on."""
 
 
 class Dispatch:
@@ -45,57 +53,90 @@ class Dispatch:
 
     def __init__(self, op: str, *implementations: Implementation) -> None:
         self.op, self.implementations = op, implementations
+        self._name = f"{op}/{len(_KNOWN)}"
+        self._functions: dict[str, Callable[..., Any]] = {}
+        _KNOWN[self._name] = self
 
     def __call__(self, *tensors: Tensor, backend: Backend = "auto") -> Callable[..., Any]:
         """The implementation for these tensors.
 
         Raises ValueError for a backend that doesn't exist and RuntimeError for a forced one that can't run here.
         """
-        forced = backend if backend != "auto" else _forced_by_environment()
-        if forced not in BACKENDS:
-            raise ValueError(f"backend {forced!r} of {self.op} is unknown; known are {', '.join(BACKENDS)}")
-        if forced != "auto":
-            return self._forced(forced, tensors)
-        reasons = []
-        for implementation in self.implementations:
-            reason = _mismatch(implementation, tensors, forced=False)
-            if not reason:
-                reason = _ask(implementation.problem)
-                if not reason:
-                    if reasons:
-                        _say_once(self.op, implementation.backend, "; ".join(reasons))
-                    return _load(implementation.function)
-                # Only what the machine lacks is worth a word; that a CPU tensor isn't on a GPU is nobody's fault.
-                reasons.append(f"{implementation.backend}: {reason}")
-        raise RuntimeError(f"{self.op} has no implementation for {_describe(tensors)}; {'; '.join(reasons)}")
+        return self._functions[_choose(self._name, backend, _facts(tensors))]
 
     def available(self, *tensors: Tensor) -> list[Backend]:
         """The backends that could be forced for such tensors: what tests and benchmarks go through."""
-        return [i.backend for i in self.implementations if not (_mismatch(i, tensors, forced=True) or _ask(i.problem))]
+        facts = _facts(tensors)
+        able = [i for i in self.implementations if not (_mismatch(i, facts, forced=True) or i.problem())]
+        return list(dict.fromkeys(i.backend for i in able))
 
-    def _forced(self, backend: Backend, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+    def _auto(self, facts: _Facts) -> Implementation:
+        reasons = []
         for implementation in self.implementations:
-            if implementation.backend == backend:
-                reason = _mismatch(implementation, tensors, forced=True) or _ask(implementation.problem)
-                if reason:
-                    raise RuntimeError(
-                        f"{self.op}: backend {backend!r} was asked for and can't run: {reason}; "
-                        f"use backend='auto', or unset LUNGSSL_OPS"
-                    )
-                return _load(implementation.function)
-        known = ", ".join(i.backend for i in self.implementations)
+            # Only what the machine lacks is worth a word; that a CPU tensor isn't on a GPU is nobody's fault.
+            if _mismatch(implementation, facts, forced=False):
+                continue
+            reason = implementation.problem()
+            if not reason:
+                if reasons:
+                    _say_once(self.op, implementation.backend, "; ".join(reasons))
+                return implementation
+            reasons.append(f"{implementation.backend}: {reason}")
+        tensors = ", ".join(f"{dtype} on {device}" for device, dtype in facts)
+        raise RuntimeError("; ".join([f"{self.op} has no implementation for {tensors}", *reasons]))
+
+    def _forced(self, backend: str, by: str, facts: _Facts) -> Implementation:
+        reasons = []
+        for implementation in (i for i in self.implementations if i.backend == backend):
+            reason = _mismatch(implementation, facts, forced=True) or implementation.problem()
+            if not reason:
+                return implementation
+            reasons.append(reason)
+        if reasons:
+            raise RuntimeError(
+                f"{self.op}: backend {backend!r} was asked for{by} and can't run: {'; '.join(reasons)}; "
+                f"use backend='auto', or unset LUNGSSL_OPS"
+            )
+        has = ", ".join(dict.fromkeys(i.backend for i in self.implementations))
         raise RuntimeError(
-            f"{self.op} has no backend {backend!r}; it has {known}; unset LUNGSSL_OPS or name one of them"
+            f"{self.op} has no backend {backend!r}, which was asked for{by}; it has {has}: name one of them, or leave "
+            f"the choice to 'auto' (LUNGSSL_OPS={self.op}=auto,{backend})"
         )
 
 
-@torch.compiler.assume_constant_result
+_KNOWN: dict[str, Dispatch] = {}
+
+
+def _choose(name: str, backend: str, facts: _Facts) -> str:
+    """All of the choice in one function from constants to a constant, which `torch.compile` calls while it traces."""
+    dispatch, by = _KNOWN[name], ""
+    if backend == "auto":
+        backend, by = _forced_by_environment(dispatch.op), f" by LUNGSSL_OPS={os.environ.get('LUNGSSL_OPS')}"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} of {dispatch.op}{by} is unknown; known are {', '.join(BACKENDS)}")
+    chosen = dispatch._auto(facts) if backend == "auto" else dispatch._forced(backend, by, facts)
+    if chosen.function not in dispatch._functions:
+        module, _, function = chosen.function.partition(":")
+        dispatch._functions[chosen.function] = getattr(import_module(module), function)
+    return chosen.function
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes seconds.
+_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _forced_by_environment(op: str) -> str:
+    """The backend that LUNGSSL_OPS asks for: of `op=backend` words the op's own, else a word without `=`."""
+    words = [word.strip() for word in os.environ.get("LUNGSSL_OPS", "").split(",") if word.strip()]
+    chosen = {word.rpartition("=")[0]: word.rpartition("=")[2] for word in words}
+    return chosen.get(op, chosen.get("", "auto"))
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU: `TRITON_INTERPRET=1`, set before import, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def triton_problem() -> str:
     """Why Triton can't be used, or nothing."""
@@ -111,44 +152,39 @@ def triton_problem() -> str:
         return ""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if torch.version.cuda is None:
+        return "it is written for NVIDIA GPUs, and this torch is built for others"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"compute capability {torch.cuda.get_device_capability()} is below 8.0"
     return ""
 
 
-def _mismatch(implementation: Implementation, tensors: tuple[Tensor, ...], *, forced: bool) -> str:
-    devices, dtypes = implementation.devices, implementation.dtypes
-    if implementation.backend == "triton" and forced and interpreting():
-        devices = (*devices, "cpu")
-    if devices and any(t.device.type not in devices for t in tensors):
-        return f"it runs on {' and '.join(devices)}, the tensors are on {tensors[0].device.type}"
-    if dtypes and tensors[0].dtype not in dtypes:
-        return f"it takes {', '.join(str(d) for d in dtypes)}, not {tensors[0].dtype}"
+def compiled_problem() -> str:
+    """Why torch.compile can't make kernels here, or nothing. Inductor needs a C++ compiler, and Triton for a GPU."""
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        return "torch.compile needs a C++ compiler (g++ or clang++) on the PATH"
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton for this GPU"
     return ""
 
 
-def _describe(tensors: tuple[Tensor, ...]) -> str:
-    return ", ".join(f"{t.dtype} on {t.device.type}" for t in tensors)
+def _facts(tensors: tuple[Tensor, ...]) -> _Facts:
+    return tuple((t.device.type, t.dtype) for t in tensors)
 
 
-@torch.compiler.assume_constant_result
-def _forced_by_environment() -> str:
-    return os.environ.get("LUNGSSL_OPS", "auto")
+def _mismatch(implementation: Implementation, facts: _Facts, *, forced: bool) -> str:
+    """Why an implementation isn't for such tensors, or nothing."""
+    devices, dtypes = implementation.devices, implementation.dtypes
+    if implementation.backend == "triton" and forced and interpreting():
+        devices = (*devices, "cpu")
+    elsewhere = [device for device, _ in facts if devices and device not in devices]
+    if elsewhere:
+        return f"it runs on {' and '.join(devices)}, and there are tensors on {elsewhere[0]}"
+    if dtypes and facts[0][1] not in dtypes:
+        return f"it takes {', '.join(str(d) for d in dtypes)}, not {facts[0][1]}"
+    return ""
 
 
-@torch.compiler.assume_constant_result
-def _ask(problem: Callable[[], str]) -> str:
-    return problem()
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _load(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
-
-@torch.compiler.assume_constant_result
 @functools.cache
 def _say_once(op: str, backend: str, reasons: str) -> None:
     _log.warning("%s runs as %r: %s", op, backend, reasons)

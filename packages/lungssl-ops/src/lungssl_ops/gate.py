@@ -1,9 +1,10 @@
 """Compiles every Triton kernel for GPUs that are not here, and looks at what came out.
 
-Run: python -m lungssl_ops.gate [--arch 80 90 100]
+Run: python -m lungssl_ops.gate [--arch 80 90 100] [--only OP] [--jobs 4]
 
 The rules: it compiles, spills nothing (no stack, no local memory), and its shared memory fits the GPU. Where a kernel's
-products should run on the matrix units, their instructions must be there.
+products should run on the matrix units, their instructions must be there. What Triton's wheel brings does it all:
+ptxas (ptxas-blackwell for sm_100) and cuobjdump. Triton keeps what it has compiled, so a second run takes seconds.
 """
 
 import argparse
@@ -14,13 +15,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most shared memory of one block, by compute capability (CUDA C++ programming guide, technical specifications)."""
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
+"""Of sm_100, sm_90 and sm_80; blocks too small for a GPU's own take an older one's."""
 OPS = ("prototype_ce", "ct_views", "lncc", "warp", "mind", "cost_volume")
 """Folders whose `triton.py` has `gate_cases() -> list[GateCase]`."""
 
@@ -39,7 +44,7 @@ class GateCase:
     num_warps: int = 4
     num_stages: int = 2
     matrix_units: bool = False
-    """Whether products must come out as wgmma (sm_90), tcgen05 (sm_100) or mma (sm_80) instructions."""
+    """Whether products must come out as one of MATRIX_INSTRUCTIONS; the result says which."""
     divisible_by_16: tuple[str, ...] = field(default=())
     """Arguments (addresses, strides) that launches of whole tensors have as multiples of 16."""
 
@@ -53,7 +58,8 @@ class GateResult:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    matrix_units: bool
+    matrix_instruction: str
+    """Of MATRIX_INSTRUCTIONS; empty where the kernel has no product on the matrix units."""
     problems: tuple[str, ...]
 
 
@@ -77,25 +83,27 @@ def check(case: GateCase, arch: int) -> GateResult:
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler's own types differ between versions
-        problem = f"doesn't compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        lines = str(error).strip().splitlines() or [""]
+        told = [line for word in ("fatal", "error") for line in lines if word in line] or lines[-1:]
+        problem = f"doesn't compile: {type(error).__name__}: {told[0].strip()}"
         return GateResult(
             name=case.name,
             arch=arch,
             registers=0,
             spilled_bytes=0,
             shared_bytes=0,
-            matrix_units=False,
+            matrix_instruction="",
             problems=(problem,),
         )
     usage = _usage(compiled.asm["cubin"])
-    units = re.search(r"wgmma|tcgen05\.mma|mma\.sync", compiled.asm["ptx"]) is not None
+    instruction = next((name for name in MATRIX_INSTRUCTIONS if name in compiled.asm["ptx"]), "")
     spilled, shared = usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
     problems = []
     if spilled:
         problems.append(f"spills {spilled} bytes a thread; use smaller blocks or more warps")
     if shared > SHARED_BYTES[arch]:
         problems.append(f"takes {shared} bytes of shared memory of {SHARED_BYTES[arch]}; use smaller blocks or stages")
-    if case.matrix_units and not units:
+    if case.matrix_units and not instruction:
         problems.append("its products don't use the matrix units")
     return GateResult(
         name=case.name,
@@ -103,7 +111,7 @@ def check(case: GateCase, arch: int) -> GateResult:
         registers=usage["REG"],
         spilled_bytes=spilled,
         shared_bytes=shared,
-        matrix_units=units,
+        matrix_instruction=instruction,
         problems=tuple(problems),
     )
 
@@ -113,21 +121,35 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that are not here.")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=sorted(SHARED_BYTES))
     parser.add_argument("--only", default="", help="ops whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile at once")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: expected at least 1")
+    names = [case.name for case in gate_cases(options.only)]
+    assert len(set(names)) == len(names), f"two gate cases have one name: {sorted(names)}"
+    tasks = [(options.only, name, arch) for name in names for arch in options.arch]
+    if not tasks:
+        parser.error(f"--only {options.only}: no op's name holds this text; the ops are {', '.join(OPS)}")
     bad = 0
-    for case in gate_cases(options.only):
-        for arch in options.arch:
-            result = check(case, arch)
+    # Spawned: a forked child of a process with threads may hang.
+    with ProcessPoolExecutor(min(options.jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
+        for result in pool.map(_check_named, *zip(*tasks, strict=True)):
             bad += bool(result.problems)
             print(
-                f"{result.name} sm_{arch}: {result.registers} registers, {result.spilled_bytes} bytes spilled, "
-                f"{result.shared_bytes} bytes shared, matrix units {result.matrix_units}; "
-                f"{'; '.join(result.problems) or 'ok'}"
+                f"{result.name} sm_{result.arch}: {result.registers} registers, {result.spilled_bytes} bytes spilled, "
+                f"{result.shared_bytes} bytes shared, {result.matrix_instruction or 'no products'}; "
+                f"{'; '.join(result.problems) or 'ok'}",
+                flush=True,
             )
-    print(json.dumps({"gate": "failed" if bad else "passed", "broken": bad}))
+    print(json.dumps({"gate": "failed" if bad else "passed", "kernels": len(tasks), "broken": bad}))
     sys.exit(bool(bad))
+
+
+def _check_named(only: str, name: str, arch: int) -> GateResult:
+    """By name: a kernel can't be sent to another process."""
+    return check(next(case for case in gate_cases(only) if case.name == name), arch)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

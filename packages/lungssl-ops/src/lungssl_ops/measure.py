@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -43,28 +44,52 @@ class Case:
 def timings(
     runs: dict[str, Callable[[], Tensor]], *, repeats: int, device: str, slow: tuple[str, ...] = ()
 ) -> dict[str, list[float]]:
-    """Seconds per call; the runs take turns, so that a slow moment of the machine hits all alike."""
+    """Seconds per call; the runs take turns, so that a slow moment of the machine hits all alike.
+
+    On a GPU its own clock is read, and each call finds an L2 cache full of zeros, as in triton.testing.do_bench.
+    """
+    clock = _gpu_seconds if device.startswith("cuda") else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 2):
+    for turn in range(repeats + WARM_UP):
         for name, call in runs.items():
-            if name in slow and turn >= 2 + max(3, repeats // 5):
+            if name in slow and turn >= WARM_UP + max(3, repeats // 5):
                 continue
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+            taken_s = clock(call, device)
+            if turn >= WARM_UP:
+                seconds[name].append(taken_s)
     return seconds
+
+
+WARM_UP = 2
+"""Calls of each run before those that count."""
+
+
+def _cpu_seconds(call: Callable[[], Tensor], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(call: Callable[[], Tensor], device: str) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # Larger than any L2 cache (50 MB on an H100); while it is filled, Python goes ahead with the launches.
+    torch.empty(256 * 2**20, dtype=torch.int8, device=device).zero_()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_mb(call: Callable[[], Tensor], device: str) -> float:
     """MiB that a call holds at its peak beyond what was there before. What C++ allocates itself is not seen."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with _silenced_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -111,21 +136,25 @@ def flops_per_s(device: str) -> float:
     return 2 * 2048**3 / min(seconds)
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def machine(device: str) -> dict[str, object]:
-    """Name of the processor, number of threads, version of torch."""
+    """Name of the processor or GPU, number of threads, version of torch."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else (names or [platform.processor()])[0]
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (names or [platform.processor()])[0]
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def commit() -> str:
-    """The commit of the working directory."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
+    """The commit of this package's checkout, with `-dirty` where files differ from it; else the installed version."""
+    here = Path(__file__)
+    # Asked for by name: a virtual environment may lie in the checkout of something else.
+    commands = (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--exclude", "*"])
+    answer = ""
+    for command in commands:
+        try:
+            done = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return f"lungssl-ops {version('lungssl-ops')}"
+        answer = done.stdout.strip()
+    return answer

@@ -1,20 +1,26 @@
 """Launch parameters of Triton kernels: shipped winners per GPU, measured again with LUNGSSL_AUTOTUNE=1.
 
 Nothing is measured unless asked for: a launch then costs the same every time and may be captured in a CUDA graph.
+`python -m lungssl_ops.tuning --export` puts what was measured on this machine into the package's `winners/`.
 """
 
+import argparse
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-from lungssl_ops.cpp import cache_folder
+from lungssl_ops.cpp import CppError, cache_folder
 from lungssl_ops.dispatch import interpreting
+
+SHIPPED = Path(__file__).with_name("winners")
+"""One JSON file per compute capability, `sm_90.json`: {"kernel/key": config}. Absent where none has been measured."""
+_log = logging.getLogger("lungssl_ops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +36,18 @@ def pick(kernel: str, key: str, candidates: Sequence[Config], launch: Callable[[
     """The config for a kernel at a size class `key`: the user's own, else the shipped one, else the first candidate.
 
     With LUNGSSL_AUTOTUNE=1 all candidates are measured, once, and the fastest is kept in the user's cache. `launch`
-    runs the kernel and must give the same result however often it is called.
+    runs the kernel and must give the same result however often it is called. A winner that is no longer a candidate
+    belongs to another version of the kernel and doesn't count.
     """
-    if interpreting() or not torch.cuda.is_available():
+    arch = "" if interpreting() else _arch()
+    if not arch:
         return candidates[0]
-    place, arch = f"{kernel}/{key}", _arch()
+    place = f"{kernel}/{key}"
     if os.environ.get("LUNGSSL_AUTOTUNE") == "1" and place not in _measured:
         _measured[place] = min(candidates, key=lambda config: _milliseconds(launch, config))
         _keep(place, _measured[place], arch)
-    return _measured.get(place) or _known(arch).get(place) or candidates[0]
+    known = _measured.get(place) or _known(arch).get(place)
+    return known if known is not None and known in candidates else candidates[0]
 
 
 _measured: dict[str, Config] = {}
@@ -56,6 +65,9 @@ def _milliseconds(launch: Callable[[Config], object], config: Config) -> float:
 
 @functools.cache
 def _arch() -> str:
+    """`sm_90` on an H100; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return ""
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
 
@@ -63,23 +75,70 @@ def _arch() -> str:
 @functools.cache
 def _known(arch: str) -> dict[str, Config]:
     """Shipped winners, and over them the user's."""
-    shipped = files("lungssl_ops").joinpath("winners", f"{arch}.json")
-    found = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
-    own = _own_file(arch)
-    found |= json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
-    return {place: Config(**config) for place, config in found.items()}
+    found = _read(SHIPPED / f"{arch}.json")
+    try:
+        return found | _read(_own_file(arch))
+    except CppError:
+        return found  # no cache folder, so nothing in it
+
+
+def _read(path: Path) -> dict[str, Config]:
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {place: Config(**config) for place, config in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of launch parameters ({error}); delete it") from error
+
+
+def _write(path: Path, table: dict[str, Config]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps({place: asdict(config) for place, config in table.items()}, indent=1, sort_keys=True)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _keep(place: str, config: Config, arch: str) -> None:
-    path = _own_file(arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(found | {place: asdict(config)}, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path = _own_file(arch)
+        _write(path, _read(path) | {place: config})
+    except (CppError, OSError) as error:
+        _log.warning("the launch parameters measured for %s last for this process only: %s", place, error)
 
 
 def _own_file(arch: str) -> Path:
     import triton
 
     return cache_folder() / f"winners_{arch}_torch{torch.__version__}_triton{triton.__version__}.json"
+
+
+def export(folder: Path = SHIPPED) -> list[Path]:
+    """Put this machine's winners over those in `folder`, a file per compute capability; returns the files written.
+
+    Raises FileNotFoundError where nothing has been measured with this torch and Triton.
+    """
+    written = []
+    for own in sorted(cache_folder().glob(_own_file("sm_*").name)):
+        arch = own.name.split("_torch")[0].removeprefix("winners_")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{arch}.json"
+        _write(path, _read(path) | _read(own))
+        written.append(path)
+    if not written:
+        raise FileNotFoundError(f"no winners in {cache_folder()}; run the benchmarks with LUNGSSL_AUTOTUNE=1 first")
+    return written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: exports the winners and names the files."""
+    parser = argparse.ArgumentParser(description="Ship the launch parameters that were measured on this machine.")
+    parser.add_argument(
+        "--export", type=Path, nargs="?", const=SHIPPED, required=True, help="folder; the package's own"
+    )
+    for path in export(parser.parse_args(arguments).export):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,10 +39,13 @@ def _case(millions: float, device: str) -> Case:
 
         return call
 
+    def expected() -> Tensor:
+        return 0.996 * start[1].double() + (1.0 - 0.996) * student[1].double()
+
     runs = {
         "ours": run(ema_update_),  # pyright: ignore[reportArgumentType]
         "reference": run(ema_update_reference_),  # pyright: ignore[reportArgumentType]
         "foreach_mul_add": run(multiply_add),
     }
     numel = sum(p.numel() for p in student)
-    return Case(op="ema", size=f"{numel / 1e6:.1f}M", floor_bytes=12 * numel, runs=runs)
+    return Case(op="ema", size=f"{numel / 1e6:.1f}M", floor_bytes=12 * numel, runs=runs, expected=expected)

@@ -32,6 +32,10 @@ def _case(s: int, t: int, b: int, k: int, device: str, *, compiled: bool) -> Cas
     def run(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
         return lambda: torch.autograd.grad(function(logits, probs, weight), logits)[0]
 
+    def expected() -> Tensor:
+        exact = logits.detach().double().requires_grad_()
+        return torch.autograd.grad(multicrop_cross_entropy_reference(exact, probs.double(), weight.double()), exact)[0]
+
     runs = {
         "ours": run(multicrop_cross_entropy),
         "reference": run(multicrop_cross_entropy_reference),
@@ -41,4 +45,4 @@ def _case(s: int, t: int, b: int, k: int, device: str, *, compiled: bool) -> Cas
         runs["compile"] = run(torch.compile(eager))
     # Forward reads the logits and probabilities, backward reads both again and writes the gradient.
     floor = 4 * (3 * s + 2 * t) * b * k
-    return Case(op="multicrop_ce", size=f"S{s}_T{t}_B{b}_K{k}", floor_bytes=floor, runs=runs)
+    return Case(op="multicrop_ce", size=f"S{s}_T{t}_B{b}_K{k}", floor_bytes=floor, runs=runs, expected=expected)

@@ -1,5 +1,67 @@
-"""Patch layout and masked patch error. No kernel: `torch.compile` of the reference is within reach of the floor."""
+"""Patch layout, patch embedding, masked patch error. No kernel of ours: `torch.compile` comes near the floor."""
 
-from lungssl_ops.patches.reference import masked_patch_mse, patchify, unpatchify
+from typing import Literal
 
-__all__ = ["masked_patch_mse", "patchify", "unpatchify"]
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lungssl_ops.dispatch import Backend, Dispatch, Implementation, compiled_problem
+from lungssl_ops.patches.reference import patchify, unpatchify
+
+__all__ = ["embed_patches", "masked_patch_mse", "patchify", "unpatchify"]
+
+_COMPILED = "lungssl_ops.patches.compiled:masked_patch_mse_compiled"
+_masked_patch_mse = Dispatch(
+    "masked_patch_mse",
+    Implementation(backend="compiled", function=_COMPILED, devices=("cuda",), problem=compiled_problem),
+    Implementation(backend="reference", function="lungssl_ops.patches.reference:masked_patch_mse_reference"),
+    # After the reference: on a CPU only where it is asked for.
+    Implementation(backend="compiled", function=_COMPILED, devices=("cpu",), problem=compiled_problem),
+)
+
+
+def masked_patch_mse(
+    pred: Float[Tensor, "b n p"],
+    target_patches: Float[Tensor, "b n p"],
+    mask: Bool[Tensor, "b n"],
+    weight: Float[Tensor, "b n p"],
+    *,
+    norm: Literal["patch", "none"] = "patch",
+    variance_floor: float = 1e-6,
+    backend: Backend = "auto",
+) -> Float[Tensor, ""]:
+    """Weighted mean squared error over the voxels of masked patches.
+
+    norm="patch" compares with targets of zero mean and unit variance per patch (He et al. 2022,
+    https://arxiv.org/abs/2111.06377, `norm_pix_loss`; unbiased variance), over the voxels of positive weight. Variances
+    below `variance_floor` (in the target's unit squared) are raised to it: without one, patches of plain air divide
+    scanner noise by next to nothing. So predicting 0 costs (p - 1) / p in patches above the floor, whatever they show.
+
+    `weight` 0 leaves a voxel out (padding). The weights under the mask must not all be zero: that gives NaN. Half
+    precision is computed in float32. Gradients go to `pred`, `target_patches` and `weight`.
+
+    `backend`: "compiled" is `torch.compile` of "reference", 4 to 7 times faster on a CPU with a seventh of its memory,
+    but its first call took 9 s and the first one at another size 3 s more (one thread of a shared EPYC, 13,824 patches
+    of 512). "auto" takes it on GPUs; on a CPU, where a run may be over by then, ask for it, or set
+    LUNGSSL_OPS=masked_patch_mse=compiled. Raises RuntimeError where a backend that is asked for can't run.
+    """
+    implementation = _masked_patch_mse(pred, target_patches, mask, weight, backend=backend)
+    return implementation(pred, target_patches, mask, weight, norm=norm, variance_floor=variance_floor)
+
+
+def embed_patches(
+    volume: Float[Tensor, "b c z y x"],
+    weight: Float[Tensor, "dim c pz py px"],
+    bias: Float[Tensor, "dim"] | None = None,
+) -> Float[Tensor, "b n dim"]:
+    """Tokens of a volume: what a Conv3d whose stride is its kernel gives, flattened, as one matrix product.
+
+    `weight` and `bias` are such a Conv3d's; tokens run in (z, y, x) order with x fastest. On a CPU it is 1.1 to 1.3
+    times as fast as F.conv3d, forward and backward (96^3, patches of 16 and 8, 384 wide, shortest times, one thread of
+    a shared EPYC), with less memory; the copy into rows costs 8 bytes a voxel.
+
+    Raises ValueError where a side of the volume isn't a multiple of the kernel's.
+    """
+    _, _, pz, py, px = weight.shape
+    return F.linear(patchify(volume, (pz, py, px)), weight.flatten(1), bias)

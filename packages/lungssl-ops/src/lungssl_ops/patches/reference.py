@@ -1,4 +1,4 @@
-"""Volumes as rows of patches, and the masked reconstruction error on them."""
+"""The definitions: volumes as rows of patches, and the masked reconstruction error on them."""
 
 from typing import Literal
 
@@ -41,7 +41,7 @@ def unpatchify(
     return blocks.reshape(b, c, gz * pz, gy * py, gx * px)
 
 
-def masked_patch_mse(
+def masked_patch_mse_reference(
     pred: Float[Tensor, "b n p"],
     target_patches: Float[Tensor, "b n p"],
     mask: Bool[Tensor, "b n"],
@@ -50,16 +50,7 @@ def masked_patch_mse(
     norm: Literal["patch", "none"] = "patch",
     variance_floor: float = 1e-6,
 ) -> Float[Tensor, ""]:
-    """Weighted mean squared error over the voxels of masked patches.
-
-    norm="patch" compares with targets of zero mean and unit variance per patch (He et al. 2022,
-    https://arxiv.org/abs/2111.06377, `norm_pix_loss`; unbiased variance), over the voxels of positive weight. Variances
-    below `variance_floor` (in the target's unit squared) are raised to it: without one, patches of plain air divide
-    scanner noise by next to nothing. So predicting 0 costs (p - 1) / p in patches above the floor, whatever they show.
-
-    `weight` 0 leaves a voxel out (padding). The weights under the mask must not all be zero: that gives NaN. Half
-    precision is computed in float32.
-    """
+    """See `lungssl_ops.patches.masked_patch_mse`."""
     dtype = torch.promote_types(pred.dtype, torch.float32)
     pred, target, weight = pred.to(dtype), target_patches.to(dtype), weight.to(dtype)
     if norm == "patch":
