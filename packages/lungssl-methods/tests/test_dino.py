@@ -6,7 +6,8 @@ import pytest
 import torch
 from lungssl_data.batch import PairBatch
 from lungssl_methods.dino import Dino
-from lungssl_methods.losses import teacher_probs
+from lungssl_methods.losses import dino_loss, teacher_entropy, teacher_probs
+from lungssl_methods.pairing import pair_weight
 from lungssl_methods.schedules import cosine_momentum
 from torch import nn
 
@@ -128,6 +129,37 @@ def test_the_loss_is_that_of_its_parts_for_one_view_per_forward(encoder: nn.Modu
                 terms.append(-(probs * student).sum(-1).mean())
     assert output.loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     assert output.metrics["loss_lnk"].item() == pytest.approx(output.loss.item() / math.log(32), rel=1e-6)
+
+
+def test_loss_metrics_and_centre_are_those_of_the_logits_in_full(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(prototypes=515).build(encoder, total_steps=10)
+    batch = make_batch(5)
+    method(batch, 0)
+    method.after_optimizer_step(0)  # from here on the centre is not 0
+    output = method(batch, 5)
+    output.loss.backward()
+    found = [parameter.grad for parameter in method.head.parameters()]
+    moved = method._logit_sum.clone()
+
+    def embeddings(model: nn.Module, views: int) -> torch.Tensor:
+        return torch.stack([model(view.image).embedding() for view in batch.views[:views]])
+
+    method.zero_grad()
+    with torch.no_grad():
+        logits = method.teacher_head(embeddings(method.teacher_encoder, 2), method.moments)
+        probs = teacher_probs(logits, method.unbiased_centre(), method.teacher_temperature(5))
+    weight = pair_weight(batch, "all")
+    student = method.head(embeddings(method.encoder, len(batch.views)), method.moments)
+    loss = dino_loss(student, probs, weight, student_temperature=0.1)
+    loss.backward()
+    entropy = ((weight.sum(0) / weight.sum()) * teacher_entropy(probs)).sum()
+    ln_k = math.log(515)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert output.metrics["teacher_entropy_lnk"].item() == pytest.approx(entropy.item() / ln_k, rel=1e-5)
+    assert output.metrics["teacher_kl_lnk"].item() == pytest.approx((loss - entropy).item() / ln_k, rel=1e-5)
+    torch.testing.assert_close(moved, logits.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    for parameter, gradient in zip(method.head.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_views_of_one_size_share_a_forward_and_the_teacher_sees_only_global_ones(

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from lungssl_data.batch import PairBatch, StepOutput, View
 from lungssl_ops.ema import ema_update_
+from lungssl_ops.prototype_ce import centering_bias, mean_logits, prototype_cross_entropy
 from torch import Tensor, nn
 
-from lungssl_methods.losses import dino_loss, teacher_entropy, teacher_probs, update_centre
+from lungssl_methods.losses import update_centre
 from lungssl_methods.method import Gather, LocalGather, checked_encoder
 from lungssl_methods.moments import RunningMoments
 from lungssl_methods.pairing import PairPolicy, pair_weight, policy_weights, slot_pair_weight
@@ -119,20 +120,33 @@ class Dino(nn.Module):
         weight = pair_weight(batch, config.pairs)
         embeddings = _encode(self.encoder, batch.views)
         frozen = step < config.freeze_prototypes * self.total_steps
-        student = self.head(embeddings, self.moments, frozen_prototypes=frozen)
+        temperature = self.teacher_temperature(step)
+        student = self.head.rows(embeddings, self.moments)
+        prototypes = self.head.directions(frozen=frozen)
         with torch.no_grad():
             teacher_embeddings = _encode(self.teacher_encoder, batch.global_views())
-            teacher_logits = self.teacher_head(teacher_embeddings, self.moments, collect=self.training)
-            probs = teacher_probs(teacher_logits, self.unbiased_centre(), self.teacher_temperature(step))
+            teacher = self.teacher_head.rows(teacher_embeddings, self.moments, collect=self.training)
+            teacher_prototypes = self.teacher_head.directions()
+            bias = centering_bias(self.unbiased_centre(), temperature)
             if self.training:
-                self._logit_sum += teacher_logits.sum(dim=(0, 1))
-                self._rows += teacher_logits.shape[0] * teacher_logits.shape[1]
-        loss = dino_loss(student, probs, weight, student_temperature=config.student_temperature)
+                rows = teacher.shape[0] * teacher.shape[1]
+                self._logit_sum += rows * mean_logits(teacher, teacher_prototypes)
+                self._rows += rows
+        loss, teacher_entropy = prototype_cross_entropy(
+            student,
+            teacher,
+            prototypes,
+            teacher_prototypes,
+            weight,
+            bias=bias,
+            student_temperature=config.student_temperature,
+            teacher_temperature=temperature,
+        )
         with torch.no_grad():
             teacher_share = weight.sum(dim=0) / weight.sum()
-            entropy = (teacher_share * teacher_entropy(probs)).sum()
+            entropy = (teacher_share * teacher_entropy).sum()
             ln_k = math.log(config.prototypes)
-            directions = F.normalize(embeddings[: len(probs)].float(), dim=-1).flatten(0, 1)
+            directions = F.normalize(embeddings[: len(teacher)].float(), dim=-1).flatten(0, 1)
             metrics = {
                 "loss": loss.detach(),
                 "loss_lnk": loss.detach() / ln_k,
@@ -140,7 +154,7 @@ class Dino(nn.Module):
                 "teacher_kl_lnk": (loss.detach() - entropy) / ln_k,
                 "embedding_std": directions.std(dim=0).mean() * math.sqrt(directions.shape[1]),
                 "ema_momentum": torch.tensor(self.momentum(step)),
-                "teacher_temperature": torch.tensor(self.teacher_temperature(step)),
+                "teacher_temperature": torch.tensor(temperature),
             }
         return StepOutput(loss=loss, metrics=metrics)
 
@@ -209,27 +223,37 @@ class _Head(nn.Module):
                 nn.init.zeros_(module.bias)
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.head_bottleneck))
 
-    def forward(
+    def rows(
         self,
         embedding: Float[Tensor, "v b d"],
         moments: tuple[RunningMoments, RunningMoments],
         *,
         collect: bool = False,
-        frozen_prototypes: bool = False,
-    ) -> Float32[Tensor, "v b k"]:
-        """Logits; `moments` standardise what comes into the MLP and out of it, and count it if `collect`."""
+    ) -> Float32[Tensor, "v b bottleneck"]:
+        """What meets the prototypes; `moments` standardise the MLP's input and output, and count it if `collect`."""
         before, after = moments
-        prototypes = self.prototypes
-        if frozen_prototypes:
-            # A zero gradient, not none: distributed training waits for every parameter's gradient.
-            prototypes = prototypes.detach() + 0.0 * prototypes
         bottleneck = self.mlp(before(embedding))
         if collect:
             before.collect(embedding)
             after.collect(bottleneck)
+        return F.normalize(after(bottleneck), dim=-1)
+
+    def directions(self, *, frozen: bool = False) -> Float32[Tensor, "k bottleneck"]:
+        """The prototypes, normalised."""
+        prototypes = self.prototypes
+        if frozen:
+            # A zero gradient, not none: distributed training waits for every parameter's gradient.
+            prototypes = prototypes.detach() + 0.0 * prototypes
+        return F.normalize(prototypes.float(), dim=-1)
+
+    def forward(
+        self, embedding: Float[Tensor, "v b d"], moments: tuple[RunningMoments, RunningMoments]
+    ) -> Float32[Tensor, "v b k"]:
+        """All logits at once, which the loss does without."""
+        rows = self.rows(embedding, moments)
         # fp32: at temperature 0.04 rounding logits to bf16 moves probabilities by 2 %.
         with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(F.normalize(after(bottleneck), dim=-1), F.normalize(prototypes.float(), dim=-1))
+            return F.linear(rows, self.directions())
 
 
 def _encode(encoder: nn.Module, views: tuple[View, ...]) -> Float[Tensor, "v b d"]:

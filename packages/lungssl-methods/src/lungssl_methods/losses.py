@@ -22,6 +22,8 @@ def dino_loss(
 
     Caron et al. 2021, https://arxiv.org/abs/2104.14294. With weight = 1 - eye it is the mean over ordered pairs of
     different views, hence also DINOv2's sum of its local and global terms. NaN where all weights are 0.
+
+    For logits that are there anyway; `lungssl_ops.prototype_ce` gets the same from rows and prototypes without them.
     """
     return multicrop_cross_entropy(student_logits.float() / student_temperature, teacher_probs, weight)
 
