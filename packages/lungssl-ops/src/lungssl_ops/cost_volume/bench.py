@@ -15,6 +15,9 @@ def cases(*, quick: bool, device: str, compiled: bool) -> Iterator[Case]:
     grid = (7, 6, 9) if quick else (24, 24, 26)
     for channels, reach in ((12, 2),) if quick else ((12, 6), (64, 4)):
         yield _cost_volume(grid, channels, reach, device)
+    if device.startswith("cuda") and not quick:
+        # 192 x 192 x 208 voxels at a stride of 6, and an encoder's features: gigabytes of differences for eager.
+        yield _cost_volume((32, 32, 35), 384, 6, device)
     yield _coupled_convex(grid, 2 if quick else 6, device)
 
 

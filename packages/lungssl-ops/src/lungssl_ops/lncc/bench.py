@@ -18,7 +18,8 @@ EPS = 1e-9
 
 def cases(*, quick: bool, device: str, compiled: bool) -> Iterator[Case]:
     """The loss' gradient in `moving`, as registration uses it, at two sizes; and the map of raw air."""
-    for size, stem in ((24, ""),) if quick else ((64, "lncc"), (96, "")):
+    large = ((160, ""),) if device.startswith("cuda") else ()
+    for size, stem in ((24, ""),) if quick else ((64, "lncc"), (96, ""), *large):
         yield _gradient_case(size, stem, device, compiled=compiled)
     yield _air_case(24 if quick else 48, device)
 
