@@ -138,6 +138,36 @@ def test_noise_has_the_standard_deviation_that_was_asked_for() -> None:
     assert float(noise[view.valid].std()) == pytest.approx(30, rel=0.05)
 
 
+def test_no_two_views_or_samples_share_their_noise() -> None:
+    config = ViewConfig(
+        global_vox=12,
+        local_vox=12,
+        rotation_deg=0.0,
+        elastic_mm=0.0,
+        noise_hu=(30.0, 30.0),
+        shift_hu=0.0,
+        gamma=(1.0, 1.0),
+    )
+    views = config.build()(coordinate_crops(), torch.Generator().manual_seed(0)).views
+    noise = torch.cat([view.image[:, 0] * 1400 - 1000 - hu_at(view.coords_mm) for view in views]).flatten(1)
+    correlation = torch.corrcoef(noise) - torch.eye(len(noise))
+    # 66 pairs of 1728 numbers each: a chance correlation has a standard deviation of 0.024.
+    assert len(noise) == 12 and correlation.abs().max() < 0.12
+
+
+def test_a_view_of_half_the_resolution_does_not_alias() -> None:
+    # Slices of -900 and -100 HU in turn: read at every second one, they are one or the other.
+    crops = coordinate_crops(batch=1, shape=(32, 32, 32))
+    slices = torch.where(torch.arange(32) % 2 == 0, -900, -100).to(torch.int16).view(1, 1, 32, 1, 1)
+    config = ViewConfig(global_vox=14, locals_per_slot=0, zoom=(2.0, 2.0), rotation_deg=0.0, elastic_mm=0.0, **QUIET)
+    crops = replace(crops, ct_hu=slices.expand_as(crops.ct_hu).contiguous())
+    for seed in range(3):
+        view = config.build()(crops, torch.Generator().manual_seed(seed)).views[0]
+        hu = view.image[:, 0][view.valid] * 1400 - 1000
+        assert view.valid.float().mean() > 0.8
+        torch.testing.assert_close(hu, torch.full_like(hu, -500), rtol=0, atol=0.1)
+
+
 def test_the_plain_view_is_the_central_block_itself() -> None:
     crops = coordinate_crops(shape=(20, 24, 28))
     view = ViewConfig(global_vox=16).build().plain(crops).views[1]

@@ -1,17 +1,16 @@
-"""Views of a batch of crops: all geometry composed into one grid per view, sampled once, on the device.
+"""Views of a batch of crops: all views of one size in one call of `lungssl_ops.ct_views`, on the device.
 
-Grid = block voxel coordinates of (centre + zoom * rotation * offset + elastic). Each view carries the LPS position of
-every voxel it sampled, so any two views of a scan correspond exactly, and views of two phases through the pair's map.
+A view samples its block at centre + zoom * rotation * offset + elastic, once. It carries the LPS position of every
+voxel that it sampled, so any two views of a scan correspond exactly, and views of two phases through the pair's map.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32
+from lungssl_ops.ct_views import ViewTable, ct_views, mask_views, view_affine, view_coords_mm
 from torch import Tensor
 
 from lungssl_data.batch import HU_WINDOW, CropBatch, PairBatch, View
@@ -34,7 +33,8 @@ class ViewConfig:
     locals_per_slot: int = 2
     """Students' small views, as many from each phase."""
     zoom: tuple[float, float] = (0.8, 1.25)
-    """Source voxels per view voxel, log-uniform; about 1, because physical size carries meaning in CT."""
+    """Source voxels per view voxel, log-uniform; about 1, because physical size carries meaning in CT. Above 1.5 each
+    view voxel is a mean of several samples, so that fine structure fades and does not alias."""
     rotation_deg: float = 10.0
     """Largest rotation about each axis: patients lie a little askew, never upside down."""
     elastic_mm: float = 3.0
@@ -72,10 +72,14 @@ class ViewSampler:
             ("local", config.local_vox, config.locals_per_slot),
         ]
         views = [
-            self._view(crops, slot, kind, side, flip, generator)
+            view
             for kind, side, count in plan
-            for _ in range(count)
-            for slot in SLOTS
+            for view in _sample(
+                crops,
+                kind,
+                side,
+                [self._draw(crops, slot, side, flip, generator) for _ in range(count) for slot in SLOTS],
+            )
         ]
         return PairBatch(
             views=tuple(views),
@@ -86,20 +90,18 @@ class ViewSampler:
 
     def plain(self, crops: CropBatch) -> PairBatch:
         """The central global view of each slot, undisturbed: for held-out figures and pictures."""
-        side = self.config.global_vox
-        batch = len(crops.patient)
-        centre = (_block_xyz(crops) - 1) / 2
-        grid = (centre + _offsets(side)).reshape(1, side, side, side, 3).expand(batch, -1, -1, -1, -1)
+        side, batch = self.config.global_vox, len(crops.patient)
+        centre = ((_block_xyz(crops) - 1) / 2).expand(batch, 3)
+        affine = view_affine((side, side, side), centre, torch.eye(3).expand(batch, 3, 3))
+        drawn = [_Drawn(slot=slot, affine=affine) for slot in SLOTS]
         return PairBatch(
-            views=tuple(_sample(crops, slot, "global", grid, scale_hu) for slot in SLOTS),
+            views=tuple(_sample(crops, "global", side, drawn)),
             slot_phase=crops.slot_phase,
             patient=crops.patient,
             exhale_to_inhale=crops.exhale_to_inhale,
         )
 
-    def _view(
-        self, crops: CropBatch, slot: Slot, kind: Kind, side: int, flip: Tensor, generator: torch.Generator
-    ) -> View:
+    def _draw(self, crops: CropBatch, slot: Slot, side: int, flip: Tensor, generator: torch.Generator) -> "_Drawn":
         config = self.config
         batch = len(crops.patient)
         block = _block_xyz(crops)
@@ -109,32 +111,34 @@ class ViewSampler:
         centre = (block - 1) / 2 + (torch.rand(batch, 3, generator=generator) - 0.5) * slack
         turn = rotation(angles) * zoom[:, None, None]
         turn[:, :, 0] *= torch.where(flip, -1.0, 1.0)[:, None]
-        grid = torch.einsum("bij,nj->bni", turn, _offsets(side)) + centre[:, None]
-        grid = grid.reshape(batch, side, side, side, 3)
+        lattice = None
         if config.elastic_mm > 0:
             step_mm = torch.linalg.vector_norm(crops.voxel_to_mm[:, slot, :, :3].cpu(), dim=1)  # per index axis
-            lattice = (
-                torch.randn(batch, 3, 4, 4, 4, generator=generator) * config.elastic_mm / step_mm.view(-1, 3, 1, 1, 1)
-            )
-            elastic = F.interpolate(lattice, size=(side,) * 3, mode="trilinear", align_corners=True)
-            grid = grid + elastic.permute(0, 2, 3, 4, 1)
-        return _sample(crops, slot, kind, grid, self._intensity(batch, generator))
-
-    def _intensity(self, batch: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """Noise, calibration error and gamma of one view, drawn now, applied to its HU later."""
-        config = self.config
+            drawn = torch.randn(batch, 3, 4, 4, 4, generator=generator)
+            lattice = drawn * config.elastic_mm / step_mm.view(-1, 3, 1, 1, 1)
         low, high = config.noise_hu
-        sigma = low + (high - low) * torch.rand(batch, generator=generator)
-        shift = (2 * torch.rand(batch, generator=generator) - 1) * config.shift_hu
-        gamma = _log_uniform(config.gamma, batch, generator)
-        seed = int(torch.randint(2**62, (), generator=generator))
+        return _Drawn(
+            slot=slot,
+            affine=view_affine((side, side, side), centre, turn),
+            lattice=lattice,
+            noise_hu=low + (high - low) * torch.rand(batch, generator=generator),
+            shift_hu=(2 * torch.rand(batch, generator=generator) - 1) * config.shift_hu,
+            gamma=_log_uniform(config.gamma, batch, generator),
+            seed=torch.randint(2**62, (), generator=generator) + torch.arange(batch),
+        )
 
-        def apply(hu: Tensor) -> Tensor:
-            per_sample = [v.to(hu.device).view(-1, 1, 1, 1, 1) for v in (sigma, shift, gamma)]
-            noise = torch.randn(hu.shape, generator=torch.Generator(hu.device).manual_seed(seed), device=hu.device)
-            return scale_hu(hu + per_sample[0] * noise + per_sample[1]) ** per_sample[2]
 
-        return apply
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """One view of every sample, as `ViewTable` has it."""
+
+    slot: Slot
+    affine: Tensor
+    lattice: Tensor | None = None
+    noise_hu: Tensor | None = None
+    shift_hu: Tensor | None = None
+    gamma: Tensor | None = None
+    seed: Tensor | None = None
 
 
 def rotation(angles: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3 3"]:
@@ -153,44 +157,52 @@ def scale_hu(hu: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return ((hu - low) / (high - low)).clamp(0, 1)
 
 
-def _sample(
-    crops: CropBatch,
-    slot: Slot,
-    kind: Kind,
-    grid_vox: Float32[Tensor, "b z y x 3"],
-    intensity: Callable[[Tensor], Tensor],
-) -> View:
-    """Sample one slot at block voxel coordinates (x, y, z); `intensity` maps HU to network input."""
-    grid_vox = grid_vox.to(crops.ct_hu.device)
-    grid = grid_vox * (2 / (_block_xyz(crops).to(grid_vox) - 1)) - 1
+def _sample(crops: CropBatch, kind: Kind, side: int, drawn: list[_Drawn]) -> list[View]:
+    """The views of one size, each of all samples, in the order drawn."""
+    if not drawn:
+        return []
+    batch, size = len(crops.patient), (side, side, side)
 
-    def at_grid(data: Tensor, mode: str, padding_mode: str) -> Tensor:
-        return F.grid_sample(
-            data[:, slot, None].float(), grid, mode=mode, padding_mode=padding_mode, align_corners=True
-        )
+    def column(name: str) -> Tensor | None:
+        return None if getattr(drawn[0], name) is None else torch.cat([getattr(one, name) for one in drawn])
 
-    affine = crops.voxel_to_mm[:, slot]
-    coords_mm = torch.einsum("bij,bzyxj->bizyx", affine[:, :, :3], grid_vox) + affine[:, :, 3, None, None, None]
-    return View(
-        image=intensity(at_grid(crops.ct_hu, "bilinear", "border")),
-        coords_mm=coords_mm,
-        valid=at_grid(crops.valid, "bilinear", "zeros")[:, 0] > 0.999,  # 1 but for rounding of the weights
-        lung=at_grid(crops.lung, "nearest", "zeros")[:, 0] > 0,
-        labels=None if crops.labels is None else at_grid(crops.labels, "nearest", "zeros")[:, 0].to(torch.uint8),
-        slot=slot,
-        kind=kind,
+    # Blocks are numbered as they lie in memory: 2 * sample + slot.
+    block = torch.cat([2 * torch.arange(batch) + one.slot for one in drawn])
+    table = ViewTable(
+        volume=block,
+        affine=torch.cat([one.affine for one in drawn]),
+        window_hu=torch.tensor([HU_WINDOW]).expand(len(block), 2),
+        lattice=column("lattice"),
+        noise_hu=column("noise_hu"),
+        shift_hu=column("shift_hu"),
+        gamma=column("gamma"),
+        seed=column("seed"),
     )
+
+    def masks(data: Tensor, rule: Literal["nearest", "wholly"]) -> tuple[Tensor, ...]:
+        return mask_views(data.flatten(0, 1).view(torch.uint8), table, size, rule=rule).split(batch)
+
+    voxel_to_mm = crops.voxel_to_mm.flatten(0, 1)[block.to(crops.voxel_to_mm.device)]
+    images = ct_views(crops.ct_hu.flatten(0, 1), table, size, fill_hu=None).split(batch)
+    coords_mm = view_coords_mm(table, size, voxel_to_mm).split(batch)
+    valid, lung = masks(crops.valid, "wholly"), masks(crops.lung, "nearest")
+    labels = None if crops.labels is None else masks(crops.labels, "nearest")
+    return [
+        View(
+            image=images[i],
+            coords_mm=coords_mm[i],
+            valid=valid[i] > 0,
+            lung=lung[i] > 0,
+            labels=None if labels is None else labels[i],
+            slot=one.slot,
+            kind=kind,
+        )
+        for i, one in enumerate(drawn)
+    ]
 
 
 def _block_xyz(crops: CropBatch) -> Float32[Tensor, "3"]:
     return torch.tensor(crops.ct_hu.shape[:1:-1], dtype=torch.float32)
-
-
-def _offsets(side: int) -> Float32[Tensor, "n 3"]:
-    """Voxel offsets (x, y, z) from the centre of a cube, in (z, y, x) order."""
-    axis = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    return torch.stack([x, y, z], -1).reshape(-1, 3)
 
 
 def _log_uniform(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Float32[Tensor, " count"]:
