@@ -8,8 +8,16 @@ from lungssl_backbones.encoder import Encoder
 from torch import Tensor
 
 TRAIN, TEST = 128, 64
-SMALL = ["vit3d_nano", "vit3d_ti", "resenc_tiny"]
-"""Entries that encode 192 crops within seconds on two cores; the others are the same classes, wider and deeper."""
+SMALL = {
+    "vit3d_nano": {},
+    "vit3d_ti": {"depth": 3},
+    "resenc_tiny": {},
+    "primus_ti": {"depth": 2, "crop_vox": (24, 32, 40)},
+    "swin_unetr_s": {"feature_size": 12, "depths": (1, 1, 1, 1), "window": 4},
+    "convnext3d_atto": {"widths": (16, 32, 64), "depths": (1, 1, 1), "stem_vox": 2, "kernel_vox": 5},
+    "timm3d": {"model": "test_efficientnet"},
+}
+"""Encoders of 192 crops within seconds on one core; the other entries are the same classes, wider and deeper."""
 
 
 def lung_crops(count: int, size_zyx: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -53,10 +61,19 @@ def held_out_r2(encoder: Encoder, size_zyx: tuple[int, int, int] = (24, 32, 40))
 
 @pytest.mark.parametrize("name", SMALL)
 def test_mean_hu_is_recovered_from_pooled_features(name: str) -> None:
+    if name == "timm3d":
+        pytest.importorskip("timm", exc_type=ImportError)
     torch.manual_seed(0)
-    assert held_out_r2(create_backbone(name).eval()) >= 0.95
+    size_zyx = (32, 32, 32) if name in ("swin_unetr_s", "timm3d") else (24, 32, 40)
+    assert held_out_r2(create_backbone(name, **SMALL[name]).eval(), size_zyx) >= 0.95
 
 
 def test_an_instance_norm_stem_loses_mean_hu() -> None:
     torch.manual_seed(0)
     assert held_out_r2(create_backbone("resenc_tiny", stem_norm="instance").eval()) < 0.6
+
+
+def test_the_dkfz_shape_loses_mean_hu_as_its_docstring_says() -> None:
+    torch.manual_seed(0)
+    encoder = create_backbone("resenc_l", widths=(8, 32, 64, 128), depths=(1, 1, 1, 1)).eval()
+    assert held_out_r2(encoder) < 0.6

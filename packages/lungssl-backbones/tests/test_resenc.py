@@ -32,11 +32,6 @@ def test_each_token_is_fed_by_its_own_block_of_voxels() -> None:
     assert divmod(int(per_block.argmax()), 30) == (z, y * 5 + x_token)
 
 
-def test_keep_is_rejected_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match="hide them with `mask`"):
-        CONFIG.build()(torch.zeros(1, 1, 8, 8, 8), keep=torch.zeros(1, 2, dtype=torch.int64))
-
-
 def test_stages_that_do_not_agree_are_rejected() -> None:
     with pytest.raises(ValueError, match="same number of stages"):
         ResEnc.Config(widths=(8, 16), depths=(1,)).build()

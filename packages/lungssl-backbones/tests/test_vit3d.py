@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,49 @@ def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
     assert kept.mean().item() == pytest.approx(1, abs=0.03)
     torch.manual_seed(0)
     assert torch.equal(block._drop(torch.ones(10_000, 1, 2)), kept)
+
+
+@pytest.mark.parametrize("position", ["rope", "sincos"])
+def test_both_kinds_of_position_ignore_the_origin_and_see_the_voxel_size(position: str) -> None:
+    model, x = vit(position=position), crop()
+    coords = regular_coords_mm(x)
+    moved = model(x, coords_mm=coords + torch.tensor([-211.0, 37.0, -980.0])[:, None, None, None])
+    torch.testing.assert_close(moved.tokens, model(x).tokens, rtol=1e-3, atol=1e-3)
+    assert (model(x, coords_mm=2 * coords).tokens - model(x).tokens).abs().max() > 1e-2
+
+
+def test_waves_are_sines_and_cosines_of_millimetres_over_wavelengths() -> None:
+    model = vit(dim=14, heads=2, position="sincos", wavelengths_mm=(40.0, 160.0))
+    waves = model._waves(torch.tensor([[[10.0, 0.0, 80.0]]]))[0, 0]  # x, y, z: a quarter, none, two whole waves
+    expected = [1, math.sin(math.pi / 8), 0, 0, 0, 0, 0, math.cos(math.pi / 8), 1, 1, 1, -1, 0, 0]
+    expected[4:6], expected[10:12] = [0, 0], [1, -1]
+    torch.testing.assert_close(waves, torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_swiglu_has_as_many_weights_and_is_a_gated_product() -> None:
+    plain, gated = vit(dim=48), vit(dim=48, mlp="swiglu")
+    count = [sum(p.numel() for p in model.blocks[0].mlp.parameters()) for model in (plain, gated)]
+    assert count[1] == pytest.approx(count[0], rel=0.02)
+    mlp, t = gated.blocks[0].mlp, torch.randn(1, 5, 48)
+    by_hand = mlp.down(mlp.gate(t) * torch.sigmoid(mlp.gate(t)) * mlp.up(t))
+    torch.testing.assert_close(mlp(t), by_hand)
+
+
+def test_the_names_of_the_weights_are_those_of_files_already_written() -> None:
+    block = ["norm1.weight", "norm1.bias", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "scale1"]
+    block += ["norm2.weight", "norm2.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias", "scale2"]
+    others = ["cls_token", "register_tokens", "mask_token", "patch_embed.weight", "patch_embed.bias"]
+    names = {*others, "norm.weight", "norm.bias", *(f"blocks.{i}.{name}" for i in range(3) for name in block)}
+    assert vit().state_dict().keys() == names
+
+
+@pytest.mark.parametrize("patch_vox", [4, 8, 16])
+def test_every_patch_size_sees_all_voxels_of_a_token_and_no_others(patch_vox: int) -> None:
+    model = vit(patch_vox=patch_vox, depth=0)
+    x = torch.rand(1, 1, patch_vox, 2 * patch_vox, patch_vox, requires_grad=True)
+    model(x).tokens[0, 1].square().sum().backward()
+    assert bool((x.grad[0, 0, :, patch_vox:] != 0).all())
+    assert not x.grad[0, 0, :, :patch_vox].any()
 
 
 def test_a_width_that_does_not_split_into_heads_is_rejected() -> None:

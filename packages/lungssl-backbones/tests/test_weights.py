@@ -1,4 +1,5 @@
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,26 @@ def test_a_round_trip_is_bit_equal(config: Vit3d.Config | ResEnc.Config, dtype: 
         assert torch.equal(again.state_dict()[name], tensor)
     assert read_metadata(tmp_path / "e.safetensors")["extra"] == {"note": "Lübeck"}
     assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
+
+
+def test_a_file_from_before_an_option_existed_gets_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    encoder = tiny()
+    config = {"dim": 24, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "patch_vox": 8, "registers": 4}  # 0.1.0's, in part
+    metadata = {"format": "lungssl-encoder", "format_version": "1", "backbone": "vit3d_s", "extra": "{}"}
+    save_file(encoder.state_dict(), path, {**metadata, "config": json.dumps({**config, "drop_path": 0.0})})
+    assert load_encoder(path).config == encoder.config
+
+
+def test_integer_tables_keep_their_type_and_do_not_count(tmp_path: Path) -> None:
+    encoder = create_backbone("swin_unetr_s", feature_size=12, depths=(1, 1, 1, 1), window=2).to(torch.bfloat16)
+    save_encoder(encoder, tmp_path / "e.safetensors")
+    again = load_encoder(tmp_path / "e.safetensors")
+    assert {t.dtype for t in again.state_dict().values()} == {torch.bfloat16, torch.int64}
+    floats = {name: t for name, t in encoder.state_dict().items() if t.is_floating_point()}
+    report = load_weights(again, floats)
+    assert report.coverage == 1
+    assert all(name.endswith("relative_position_index") for name in report.missing)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

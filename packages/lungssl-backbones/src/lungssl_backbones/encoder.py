@@ -51,7 +51,7 @@ class Encoder(Protocol):
 
     def __call__(
         self,
-        x: Float[Tensor, "b 1 z y x"],
+        x: Float[Tensor, "b c z y x"],
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         keep: Int64[Tensor, "b k"] | None = None,

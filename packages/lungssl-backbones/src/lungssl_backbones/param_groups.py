@@ -7,8 +7,9 @@ from torch import nn
 
 from lungssl_backbones.encoder import Encoder
 
-_NO_DECAY = re.compile(r"(_tokens?|pos_embed|mask_value)$")
-_LAYER = re.compile(r"(?:blocks|stages)\.(\d+)\.")
+_NO_DECAY = re.compile(r"(_tokens?|pos_embed|mask_value|relative_position_bias_table)$")
+_LAYER = re.compile(r"(?:^|\.)(?:(?:blocks|stages)\.(\d+)|layers([1-4])c?)\.")
+"""A block of a ViT or a stage, counted from 0; or a stage of a Swin transformer, counted from 1."""
 
 
 def param_groups(
@@ -19,7 +20,7 @@ def param_groups(
     No weight decay on norms, biases and other vectors, nor on class, register, mask and position tokens (the rule of
     DINO and MAE). In every encoder within `module`, the learning rate is scaled by `layer_decay ** (layers above)`:
     embeddings are below block 0, and a final norm and whatever is not an encoder (heads, decoders) have none above
-    (BEiT, Bao et al. 2022, https://arxiv.org/abs/2106.08254). A layer is a block of a ViT, a stage of a ResEnc.
+    (BEiT, Bao et al. 2022, https://arxiv.org/abs/2106.08254). A layer is a block of a ViT, a stage of the others.
 
     A group has the keys `params`, `lr`, `weight_decay`, and for schedules that write `lr` and `weight_decay` each
     step: `lr_scale`, `decays`.
@@ -50,8 +51,17 @@ def _layers_above(module: nn.Module, name: str) -> int:
         if not isinstance(owner, Encoder):
             continue
         inner = ".".join(path[depth:])
-        layers = len(getattr(owner, "blocks", getattr(owner, "stages", ())))
-        if match := _LAYER.match(inner):
-            return layers - int(match.group(1))
-        return 0 if inner.startswith("norm.") else layers + 1
+        indices = [_layer(other) for other, _ in owner.named_parameters()]
+        layers = 1 + max((index for index in indices if index is not None), default=-1)
+        index = _layer(inner)
+        if index is not None:
+            return layers - index
+        return 0 if inner.removeprefix("eva.").startswith("norm.") else layers + 1
     return 0
+
+
+def _layer(name: str) -> int | None:
+    match = _LAYER.search(name)
+    if match is None:
+        return None
+    return int(match.group(1)) if match.group(1) else int(match.group(2)) - 1

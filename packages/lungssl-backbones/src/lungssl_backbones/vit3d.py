@@ -2,7 +2,8 @@
 
 Sources: ViT, Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929; registers, Darcet et al. 2023,
 https://arxiv.org/abs/2309.16588; rotary positions, Su et al. 2021, https://arxiv.org/abs/2104.09864, one share of each
-head per axis as in Heo et al. 2024, https://arxiv.org/abs/2403.13298.
+head per axis as in Heo et al. 2024, https://arxiv.org/abs/2403.13298; SwiGLU, Shazeer 2020,
+https://arxiv.org/abs/2002.05202.
 Differs from them: wavelengths are millimetres, so that positions carry to other crop sizes, spacings and resampled
 views; the patch bias starts large, so that the first LayerNorm cannot cancel absolute HU (see `_PATCH_BIAS_STD`).
 Axes: b batch, d embedding, n tokens, h heads, z y x voxels with z from inferior to superior.
@@ -10,6 +11,7 @@ Axes: b batch, d embedding, n tokens, h heads, z y x voxels with z from inferior
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lungssl_backbones.encoder import Features, token_grid
+from lungssl_backbones.masking import drop_samples, take_tokens, token_centres_mm
 
 _PATCH_BIAS_STD = 0.3
 """A patch of constant density c embeds to c*w + bias, and LayerNorm sees only the direction of that: without a bias it
@@ -43,6 +46,13 @@ class Vit3d(nn.Module):
         """Attention heads, each at least 6 wide: a pair of channels per axis for the positions."""
         mlp_ratio: float = 4.0
         """Hidden width of the MLP over `dim`."""
+        mlp: Literal["gelu", "swiglu"] = "gelu"
+        """"swiglu" gates the MLP; its hidden width is 2/3 of the other's, so that both have as many weights."""
+        position: Literal["rope", "sincos"] = "rope"
+        """"rope" turns queries and keys by their token's place; "sincos" adds fixed waves to the tokens, once. Both run
+        over `wavelengths_mm`."""
+        in_channels: int = 1
+        """Channels of the crop."""
         patch_vox: int = 8
         """Side of a token's cube in voxels."""
         registers: int = 4
@@ -76,7 +86,7 @@ class Vit3d(nn.Module):
         self.pyramid_channels = (config.dim,)
         self.pyramid_strides_vox = (config.patch_vox,)
         self.spacing_mm = config.spacing_mm
-        self.patch_embed = nn.Linear(config.patch_vox**3, config.dim)
+        self.patch_embed = nn.Linear(config.in_channels * config.patch_vox**3, config.dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.register_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
@@ -97,7 +107,7 @@ class Vit3d(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b 1 z y x"],
+        x: Float[Tensor, "b c z y x"],
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         keep: Int64[Tensor, "b k"] | None = None,
@@ -109,13 +119,22 @@ class Vit3d(nn.Module):
         tokens = self.patch_embed(_patches(x, grid))
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
-        centres_mm = self._token_centres_mm(grid, coords_mm, x.device).expand(len(x), -1, -1)
+        centres_mm = token_centres_mm(
+            grid,
+            stride_vox=self.token_stride_vox,
+            spacing_mm=self.spacing_mm,
+            coords_mm=coords_mm,
+            device=x.device,
+        ).expand(x.shape[0], -1, -1)
         if keep is not None:
-            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, self.dim))
-            centres_mm = centres_mm.gather(1, keep[..., None].expand(-1, -1, 3))
+            tokens, centres_mm = take_tokens(tokens, keep), take_tokens(centres_mm, keep)
         extra = torch.cat([self.cls_token, self.register_tokens], dim=1).to(tokens.dtype)
-        cos, sin = self._rotation(centres_mm, extra.shape[1])
-        tokens = torch.cat([extra.expand(len(x), -1, -1), tokens], dim=1)
+        cos = sin = None
+        if self.config.position == "rope":
+            cos, sin = self._rotation(centres_mm, extra.shape[1])
+        else:
+            tokens = tokens + self._waves(centres_mm).to(tokens.dtype)
+        tokens = torch.cat([extra.expand(x.shape[0], -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens, cos, sin)
         tokens = self.norm(tokens)
@@ -128,19 +147,6 @@ class Vit3d(nn.Module):
             stride_mm=self.token_stride_vox * self.spacing_mm,
         )
 
-    def _token_centres_mm(
-        self, grid: tuple[int, int, int], coords_mm: Float[Tensor, "b 3 z y x"] | None, device: torch.device
-    ) -> Float[Tensor, "_b n 3"]:
-        """Token centres (x, y, z) relative to their mean: the summary token sits in the middle of the crop, and where
-        the scanner put its origin tells nothing."""
-        if coords_mm is None:
-            axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
-            index_zyx = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
-            centres = index_zyx.flip(-1)[None] * (self.token_stride_vox * self.spacing_mm)
-        else:
-            centres = F.avg_pool3d(coords_mm.float(), self.token_stride_vox).flatten(2).mT
-        return centres - centres.mean(dim=1, keepdim=True)
-
     def _rotation(
         self, centres_mm: Float[Tensor, "b n 3"], unplaced: int
     ) -> tuple[Float[Tensor, "b 1 t f"], Float[Tensor, "b 1 t f"]]:
@@ -148,12 +154,20 @@ class Vit3d(nn.Module):
 
         Computed from the config, not kept in a buffer, so that no cast of the model can round it.
         """
-        per_axis = self.dim // self.config.heads // 6
-        shortest, longest = (math.log2(w) for w in self.config.wavelengths_mm)
-        wavelengths_mm = torch.logspace(shortest, longest, per_axis, base=2.0, device=centres_mm.device)
-        angle = (2 * math.pi * centres_mm[..., None] / wavelengths_mm).flatten(2)
+        angle = self._angles(centres_mm, self.dim // self.config.heads // 6)
         angle = F.pad(angle, (0, 0, unplaced, 0))[:, None]
         return angle.cos(), angle.sin()
+
+    def _waves(self, centres_mm: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n d"]:
+        """Sines, then cosines, of the same angles as the rotation's, a sixth of the channels per axis and kind;
+        channels left over by the split stay 0."""
+        angle = self._angles(centres_mm, self.dim // 6)
+        return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, self.dim - 2 * angle.shape[-1]))
+
+    def _angles(self, centres_mm: Float[Tensor, "b n 3"], per_axis: int) -> Float[Tensor, "b n f"]:
+        shortest, longest = (math.log2(w) for w in self.config.wavelengths_mm)
+        wavelengths_mm = torch.logspace(shortest, longest, per_axis, base=2.0, device=centres_mm.device)
+        return (2 * math.pi * centres_mm[..., None] / wavelengths_mm).flatten(2)
 
 
 class _Block(nn.Module):
@@ -169,27 +183,48 @@ class _Block(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
         self.scale1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(config.dim, hidden), nn.GELU(), nn.Linear(hidden, config.dim))
+        if config.mlp == "swiglu":
+            self.mlp = _SwiGlu(config.dim, round(hidden * 2 / 3))
+        else:
+            self.mlp = nn.Sequential(nn.Linear(config.dim, hidden), nn.GELU(), nn.Linear(hidden, config.dim))
         self.scale2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
     def forward(
-        self, tokens: Float[Tensor, "b t d"], cos: Float[Tensor, "_b 1 t f"], sin: Float[Tensor, "_b 1 t f"]
+        self,
+        tokens: Float[Tensor, "b t d"],
+        cos: Float[Tensor, "_b 1 t f"] | None,
+        sin: Float[Tensor, "_b 1 t f"] | None,
     ) -> Float[Tensor, "b t d"]:
         tokens = tokens + self._drop(self.scale1 * self._attend(self.norm1(tokens), cos, sin))
         return tokens + self._drop(self.scale2 * self.mlp(self.norm2(tokens)))
 
     def _attend(
-        self, tokens: Float[Tensor, "b t d"], cos: Float[Tensor, "_b 1 t f"], sin: Float[Tensor, "_b 1 t f"]
+        self,
+        tokens: Float[Tensor, "b t d"],
+        cos: Float[Tensor, "_b 1 t f"] | None,
+        sin: Float[Tensor, "_b 1 t f"] | None,
     ) -> Float[Tensor, "b t d"]:
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        if cos is not None and sin is not None:
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
     def _drop(self, branch: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        if not self.training or self.drop_path == 0:
-            return branch
-        survives = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * survives / (1 - self.drop_path)
+        return drop_samples(branch, self.drop_path, self.training)
+
+
+class _SwiGlu(nn.Module):
+    """`down(silu(gate(t)) * up(t))`."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))
 
 
 def _rotate(
@@ -201,8 +236,9 @@ def _rotate(
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
-def _patches(x: Float[Tensor, "b 1 z y x"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:
-    """Cubes flattened: a reshape and a Linear do the work of a strided convolution, without its slow kernels."""
+def _patches(x: Float[Tensor, "b c z y x"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:
+    """Cubes flattened, channel by channel: a reshape and a Linear do the work of a strided convolution, without its
+    slow kernels."""
     gz, gy, gx = grid
-    cubes = x.unflatten(4, (gx, -1)).unflatten(3, (gy, -1)).unflatten(2, (gz, -1)).squeeze(1)
-    return cubes.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+    cubes = x.unflatten(4, (gx, -1)).unflatten(3, (gy, -1)).unflatten(2, (gz, -1))
+    return cubes.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)

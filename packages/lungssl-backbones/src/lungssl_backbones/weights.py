@@ -25,12 +25,10 @@ from torch import Tensor, nn
 
 from lungssl_backbones import BACKBONES, create_backbone
 from lungssl_backbones.encoder import Encoder
+from lungssl_backbones.names import find_name
 
 FORMAT = "lungssl-encoder"
 FORMAT_VERSION = "1"
-
-PREFIXES = ("module.", "_orig_mod.", "encoder.", "backbone.", "student.", "teacher.")
-"""Wrappers whose names are stripped: DDP, torch.compile, and what checkpoints call the encoder inside a method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +43,11 @@ class LoadReport:
     mismatched: tuple[str, ...]
     """Of another shape in the file, as "name: file (..), encoder (..)"; left as they were."""
     coverage: float
-    """Share of the encoder's numbers that were loaded."""
+    """Share of the encoder's numbers that were loaded; integers (tables of indices) do not count."""
     sha256: str | None
     """Of the file; None for weights given as tensors."""
+    reshaped: tuple[str, ...] = ()
+    """Adapted to the encoder's shape before loading, written as in `mismatched` (`pretrained.load_pretrained`)."""
 
 
 def save_encoder(encoder: nn.Module, path: Path, *, extra: Mapping[str, str] | None = None) -> None:
@@ -112,29 +112,33 @@ def load_encoder(path: Path) -> nn.Module:
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in metadata["config"].items()}
     encoder = create_backbone(metadata["backbone"], **values)
     state = _tensors(path)
-    encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
+    encoder.to(next(t.dtype for t in state.values() if t.is_floating_point())).load_state_dict(state)
     return encoder
 
 
 def load_weights(
-    encoder: nn.Module, state_or_path: Mapping[str, Tensor] | Path, *, min_coverage: float = 0.95
+    encoder: nn.Module,
+    state_or_path: Mapping[str, Tensor] | Path,
+    *,
+    min_coverage: float = 0.95,
+    source: str = "the given weights",
 ) -> LoadReport:
     """Copy weights of the same name and shape into `encoder`, whatever wrote them, and say what was left out.
 
-    Names that the encoder does not have are tried without their leading `PREFIXES`. Raises ValueError, with `encoder`
-    unchanged, where fewer than `min_coverage` of its numbers would be loaded or two tensors claim one name.
+    Names that the encoder does not have are tried without their leading `names.PREFIXES`. `source` is what errors call
+    weights that come without a path. Raises ValueError, with `encoder` unchanged, where fewer than `min_coverage` of
+    its numbers would be loaded or two tensors claim one name.
     """
     if isinstance(state_or_path, Path):
-        state, sha256 = _tensors(state_or_path), _sha256(state_or_path)
-        source = str(state_or_path)
+        (state, sha256), source = read_tensors(state_or_path), str(state_or_path)
     else:
-        state, sha256, source = state_or_path, None, "the given weights"
+        state, sha256 = state_or_path, None
     own = encoder.state_dict()
     origin: dict[str, str] = {}
     unexpected = []
     for name in state:
-        target = _strip(name, own)
-        if target not in own:
+        target = find_name(name, own)
+        if target is None:
             unexpected.append(name)
         elif target in origin:
             raise ValueError(
@@ -155,7 +159,7 @@ def load_weights(
             for name in own
             if name in origin and name not in fits
         ),
-        coverage=sum(own[name].numel() for name in fits) / sum(tensor.numel() for tensor in own.values()),
+        coverage=sum(_numbers(own[name]) for name in fits) / sum(_numbers(tensor) for tensor in own.values()),
         sha256=sha256,
     )
     if report.coverage < min_coverage:
@@ -171,13 +175,13 @@ def load_weights(
     return report
 
 
-def _strip(name: str, own: Mapping[str, Tensor]) -> str:
-    while name not in own:
-        stripped = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), None)
-        if stripped is None:
-            break
-        name = stripped
-    return name
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """All tensors of a .safetensors file and its SHA-256. Raises ValueError for another suffix or a torn file."""
+    return _tensors(path), _sha256(path)
+
+
+def _numbers(tensor: Tensor) -> int:
+    return tensor.numel() if tensor.is_floating_point() else 0
 
 
 def _first(what: str, names: tuple[str, ...], count: int = 3) -> str:
