@@ -1,5 +1,7 @@
 """The teacher's biases against the exponential domain, over blocks, ranks and extremes."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -7,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lungssl_ops.prototype_ce import all_reduce_logsumexp, centering_bias, sinkhorn_bias
+from lungssl_ops.prototype_ce import centering_bias, sinkhorn_bias
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 
 def _assigned(logits: Tensor, temperature: float, iterations: int) -> Tensor:
@@ -95,20 +96,23 @@ def test_ranks_with_unequal_rows_or_none_agree_with_one_that_has_all() -> None:
         torch.testing.assert_close(bias, expected, rtol=1e-12, atol=1e-12)
 
 
-def _reduce(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    values = torch.tensor([[1.0, 500.0, -torch.inf, -torch.inf], [2.0, -500.0, 3.0, -torch.inf]])
-    torch.save(all_reduce_logsumexp(values[rank]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+_RANK = """
+import sys, torch, torch.distributed as dist
+from lungssl_ops.prototype_ce import all_reduce_logsumexp
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+values = torch.tensor([[1.0, 500.0, -torch.inf, -torch.inf], [2.0, -500.0, 3.0, -torch.inf]])
+torch.save(all_reduce_logsumexp(values[rank]), f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
 
 
 def test_the_sum_over_ranks_overflows_nowhere_and_skips_ranks_without_rows(tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    spawn(_reduce, args=(str(tmp_path),), nprocs=2)
+    # Not by torch's spawn, whose children would have to import this file by a name.
+    ranks = [subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     expected = torch.tensor([2.0 + torch.log1p(torch.tensor(-1.0).exp()).item(), 500.0, 3.0, -torch.inf])
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
