@@ -270,6 +270,25 @@ def test_a_metaimage_header_is_spelled_as_simpleitk_reads_it(tmp_path: Path, lin
         read_volume(tmp_path / "a.mha")
 
 
+@pytest.mark.parametrize("word", ["True", "T", "t", "1", "False", "F", "0"])
+def test_a_metaimage_s_truth_is_told_by_its_first_letter_as_simpleitk_does(tmp_path: Path, word: str) -> None:
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\nBinaryData = True\n"
+    header += f"BinaryDataByteOrderMSB = {word}\nElementDataFile = LOCAL\n"
+    voxels = np.arange(24, dtype=">i2" if word[0] in "Tt1" else "<i2")
+    (tmp_path / "a.mha").write_bytes(header.encode() + voxels.tobytes())
+    found = read_volume(tmp_path / "a.mha").hu
+    np.testing.assert_array_equal(found, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.mha"))))
+    assert found.ravel().tolist() == list(range(24))
+    both = header.replace("BinaryDataByteOrderMSB", "ElementByteOrderMSB = True\nBinaryDataByteOrderMSB")
+    (tmp_path / "b.mha").write_bytes(both.encode() + voxels.tobytes())
+    if word[0] not in "Tt1":
+        with pytest.raises(VolumeError, match="states two byte orders; export it again"):
+            read_volume(tmp_path / "b.mha")
+    (tmp_path / "c.mha").write_bytes(header.replace("BinaryData = True", "BinaryData = F").encode() + voxels.tobytes())
+    with pytest.raises(VolumeError, match="holds its voxels as text"):
+        read_volume(tmp_path / "c.mha")
+
+
 def test_a_nrrd_of_text_is_refused(tmp_path: Path) -> None:
     header = "NRRD0004\ntype: short\ndimension: 3\nsizes: 1 1 2\nencoding: ascii\n\n1 2\n"
     (tmp_path / "a.nrrd").write_text(header)

@@ -182,16 +182,20 @@ def _metaimage_data(path: Path) -> _Data:
         # SimpleITK takes what is no number as 0 or 1.
         if key.lower() in fields and not _are_numbers(fields[key.lower()], rank**count):
             raise VolumeError(f"its {key} is not {rank**count} numbers; export it again", name=path.name)
-    if fields.get("binarydata", "true").lower() == "false":
+    if not _is_true(fields, "binarydata", True):
         raise VolumeError("holds its voxels as text; export it as binary", name=path.name)
     value, skip = fields["elementdatafile"], _integer(fields.get("headersize", "0"), path)
     local = value.upper() == "LOCAL"
-    big = fields.get("elementbyteordermsb", fields.get("binarydatabyteordermsb", "false")).lower() == "true"
+    orders = {
+        _is_true(fields, key, False) for key in ("elementbyteordermsb", "binarydatabyteordermsb") if key in fields
+    }
+    if len(orders) > 1:
+        raise VolumeError("its header states two byte orders; export it again", name=path.name)
     return _Data(
         path=path if local else _beside(path, value),
         offset=end if local else None if skip == -1 else skip,
-        encoding="gzip" if fields.get("compresseddata", "false").lower() == "true" else "raw",
-        order=">" if big else "<",
+        encoding="gzip" if _is_true(fields, "compresseddata", False) else "raw",
+        order=">" if True in orders else "<",
         sizes=_sizes(fields["dimsize"], path),
     )
 
@@ -230,6 +234,11 @@ def _nrrd_data(path: Path) -> _Data:
         order=">" if fields.get("endian", "").lower() == "big" else "<",
         sizes=_sizes(fields.get("sizes", ""), path),
     )
+
+
+def _is_true(fields: dict[str, str], key: str, default: bool) -> bool:
+    """As MetaIO reads it: by the first letter."""
+    return fields[key][:1] in ("T", "t", "1") if key in fields else default
 
 
 def _integer(text: str, path: Path) -> int:
