@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lungssl_ops.cost_volume import ARGMIN, CORRELATE
+from lungssl_ops.cost_volume.fakes import argmin_fake, costs_fake
 from lungssl_ops.cost_volume.reference import Padding, mean_features, pad_volume, side_of
 from lungssl_ops.cpp import library, pointer, threads
 
@@ -88,19 +89,7 @@ def _correlate(
     return out
 
 
-@_correlate.register_fake
-def _(
-    fixed: Tensor,
-    moving: Tensor,
-    reach: int,
-    smoothing: int,
-    passes: int,
-    zero: bool,
-    mean: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    b, _, z, y, x = fixed.shape
-    return fixed.new_empty((b, (2 * reach + 1) ** 3, z, y, x), dtype=dtype)
+_correlate.register_fake(costs_fake)
 
 
 @torch.library.custom_op("lungssl_ops::coupled_argmin_cpp", mutates_args=())
@@ -130,6 +119,4 @@ def _argmin(cost: Tensor, smooth: Tensor, weight: float) -> Tensor:
     return out
 
 
-@_argmin.register_fake
-def _(cost: Tensor, smooth: Tensor, weight: float) -> Tensor:
-    return torch.empty_like(smooth, memory_format=torch.contiguous_format)
+_argmin.register_fake(argmin_fake)

@@ -25,6 +25,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from lungssl_ops.cost_volume.fakes import argmin_fake, costs_fake
 from lungssl_ops.cost_volume.reference import Padding, mean_features, side_of
 from lungssl_ops.gate import GateCase
 from lungssl_ops.tuning import Config, pick
@@ -105,19 +106,7 @@ def _cost_volume(
     return out
 
 
-@_cost_volume.register_fake
-def _(
-    fixed: Tensor,
-    moving: Tensor,
-    reach: int,
-    smoothing: int,
-    passes: int,
-    zero: bool,
-    mean: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    b, _, z, y, x = fixed.shape
-    return fixed.new_empty((b, (2 * reach + 1) ** 3, z, y, x), dtype=dtype)
+_cost_volume.register_fake(costs_fake)
 
 
 def _correlate(
@@ -199,9 +188,7 @@ def _argmin(cost: Tensor, smooth: Tensor, weight: float) -> Tensor:
     return out
 
 
-@_argmin.register_fake
-def _(cost: Tensor, smooth: Tensor, weight: float) -> Tensor:
-    return torch.empty_like(smooth, memory_format=torch.contiguous_format)
+_argmin.register_fake(argmin_fake)
 
 
 # Not specialised: sizes of 1 would become Python numbers, which have no `.to`.

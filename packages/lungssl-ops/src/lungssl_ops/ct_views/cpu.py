@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lungssl_ops.cpp import library, pointer, threads
 from lungssl_ops.ct_views import SOURCE
+from lungssl_ops.ct_views.fakes import masks_fake, views_fake
 from lungssl_ops.ct_views.table import Packed, check_values, samples_per_voxel, views_shape
 
 
@@ -72,20 +73,7 @@ def _ct_views(
     return out
 
 
-@_ct_views.register_fake
-def _(
-    volumes: list[Tensor],
-    volume: Tensor,
-    numbers: Tensor,
-    seed: Tensor,
-    lattice: Tensor | None,
-    size_vox: list[int],
-    patch_vox: list[int],
-    fill_hu: float | None,
-    antialias: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return volumes[0].new_empty(views_shape(len(volume), size_vox, patch_vox), dtype=dtype)
+_ct_views.register_fake(views_fake)
 
 
 @torch.library.custom_op("lungssl_ops::mask_views_cpp", mutates_args=())
@@ -113,18 +101,7 @@ def _mask_views(
     return out
 
 
-@_mask_views.register_fake
-def _(
-    masks: list[Tensor],
-    volume: Tensor,
-    numbers: Tensor,
-    seed: Tensor,
-    lattice: Tensor | None,
-    size_vox: list[int],
-    wholly: bool,
-    antialias: bool,
-) -> Tensor:
-    return masks[0].new_empty((len(volume), *size_vox))
+_mask_views.register_fake(masks_fake)
 
 
 @torch.library.custom_op("lungssl_ops::view_coords_mm_cpp", mutates_args=())

@@ -22,6 +22,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int16, UInt8
 from torch import Tensor
 
+from lungssl_ops.ct_views.fakes import masks_fake, views_fake
 from lungssl_ops.ct_views.kernels import coords_kernel, masks_kernel, views_kernel
 from lungssl_ops.ct_views.table import Packed, check_values, samples_per_voxel, views_shape
 from lungssl_ops.gate import GateCase
@@ -108,20 +109,7 @@ def _ct_views(
     return out
 
 
-@_ct_views.register_fake
-def _(
-    volumes: list[Tensor],
-    volume: Tensor,
-    numbers: Tensor,
-    seed: Tensor,
-    lattice: Tensor | None,
-    size_vox: list[int],
-    patch_vox: list[int],
-    fill_hu: float | None,
-    antialias: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return volumes[0].new_empty(views_shape(len(volume), size_vox, patch_vox), dtype=dtype)
+_ct_views.register_fake(views_fake)
 
 
 @torch.library.custom_op("lungssl_ops::mask_views_triton", mutates_args=())
@@ -156,18 +144,7 @@ def _mask_views(
     return out
 
 
-@_mask_views.register_fake
-def _(
-    masks: list[Tensor],
-    volume: Tensor,
-    numbers: Tensor,
-    seed: Tensor,
-    lattice: Tensor | None,
-    size_vox: list[int],
-    wholly: bool,
-    antialias: bool,
-) -> Tensor:
-    return masks[0].new_empty((len(volume), *size_vox))
+_mask_views.register_fake(masks_fake)
 
 
 @torch.library.custom_op("lungssl_ops::view_coords_mm_triton", mutates_args=())
