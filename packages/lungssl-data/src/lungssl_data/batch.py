@@ -39,6 +39,9 @@ class CropBatch:
     """Index of the patient in the cache's order: tells twins from strangers, never identifies."""
     exhale_to_inhale: Float32[Tensor, "b 3 4"]
     """Coarse affine from exhale mm to inhale mm; the identity where only one phase is there."""
+    partner_mm: Float32[Tensor, "b 3 _z _y _x"] | None = None
+    """Where points of slot 0's block are in slot 1's scan, LPS mm (x, y, z), on a lattice of nodes evenly spaced from
+    the block's first voxel to its last; NaN where that is not known. None: not asked for."""
 
     def to(self, device: torch.device | str) -> "CropBatch":
         """The same batch on `device`."""
@@ -58,6 +61,9 @@ class View:
     """LPS position (x, y, z) in the slot's own scan of the point that each voxel was sampled at."""
     valid: Bool[Tensor, "b z y x"]
     """Voxels sampled wholly from measured data."""
+    partner_mm: Float32[Tensor, "b 3 z y x"] | None = None
+    """For views of slot 0: where each voxel's point is in slot 1's scan, LPS mm; NaN where that is not known. None for
+    slot 1, and where the crops were read without correspondences."""
     lung: Bool[Tensor, "b z y x"]
     labels: UInt8[Tensor, "b z y x"] | None = None
     slot: Literal[0, 1]

@@ -4,19 +4,21 @@ Stateless: sample i is a function of the seed and i alone, so a run that continu
 read, and any worker can make any sample.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from numpy import ndarray
 
 from lungssl_data.batch import PHASES, CropBatch
 from lungssl_data.cache import PairCache
+from lungssl_data.coarse_field import LATTICE_MM, CoarseField
 from lungssl_data.hot import HotScans
-from lungssl_data.pair import CacheError, Displacement, Phase, Split
+from lungssl_data.pair import CacheError, Phase, Split
 
 _JITTER_SHARES = (1.0, 0.5, 0.25, 0.0)
 
@@ -40,6 +42,9 @@ class CropConfig:
     """Consecutive samples from one patient: fewer files to open, less variety within a batch."""
     hot_mib: int = 0
     """Memory of one process for whole decoded scans, read once and then cut from; see `hot.py`."""
+    correspondences: bool = False
+    """Whether batches say where slot 0's points are in slot 1's scan: by the cache's displacement, which may be exact
+    (phantom), given or estimated; by the identity for two crops of one scan. Methods that need it say so."""
 
 
 class PairCrops:
@@ -78,7 +83,7 @@ class PairCrops:
             )
         self._shares = None if weights is None else _shares(self.patients, weights)
         self._places = {patient: place for place, patient in enumerate(cache.patients)}
-        self._displacements: dict[str, Displacement | None] = {}
+        self._fields: dict[str, CoarseField | None] = {}
         self._usable: dict[str, Float[ndarray, "n 3"]] = {}
         for patient, phases in self.slots.items():
             if phases[0] != phases[1]:
@@ -162,16 +167,33 @@ class PairCrops:
         """Exhale points in the inhale scan: by the cache's field where it is defined, else by the coarse affine."""
         affine = np.asarray(self.cache.record(patient).exhale_to_inhale)
         mapped = exhale_mm @ affine[:, :3].T + affine[:, 3]
-        if patient not in self._displacements:
-            self._displacements[patient] = self.cache.displacement(patient)
-        field = self._displacements[patient]
+        field = self._field(patient)
         if field is not None:
-            index = np.rint((exhale_mm - field.origin_mm) / field.spacing_mm)[:, ::-1].astype(int)
-            inside = ((index >= 0) & (index < field.u_mm.shape[1:])).all(axis=1)
-            u_mm = np.full_like(exhale_mm, np.nan)
-            u_mm[inside] = field.u_mm[:, *index[inside].T].T
-            mapped = np.where(np.isfinite(u_mm).all(axis=1, keepdims=True), exhale_mm + u_mm, mapped)
+            by_field = field.inhale_mm(exhale_mm)
+            mapped = np.where(np.isfinite(by_field).all(axis=1, keepdims=True), by_field, mapped)
         return mapped
+
+    def _field(self, patient: str) -> CoarseField | None:
+        if patient not in self._fields:
+            field = self.cache.displacement(patient)
+            self._fields[patient] = None if field is None else CoarseField.of(field)
+        return self._fields[patient]
+
+    def _partner_mm(self, places: "list[_Place]") -> Float32[ndarray, "b 3 z y x"]:
+        """Slot 0's points in slot 1's scan on nodes at most LATTICE_MM apart; NaN where no displacement is known."""
+        finest = min(min(self.cache.phase_record(place.patient, place.phases[0]).spacing_mm) for place in places)
+        nodes = [1 + math.ceil((side - 1) * finest / LATTICE_MM) for side in self.config.crop_vox]
+        z, y, x = (np.linspace(0, side - 1, count) for side, count in zip(self.config.crop_vox, nodes, strict=True))
+        lattice_zyx = np.stack(np.meshgrid(z, y, x, indexing="ij"), -1).reshape(-1, 3)
+        partner = np.full((len(places), len(lattice_zyx), 3), np.nan, np.float32)
+        for row, (patient, phases, starts) in enumerate(places):
+            grid = self.cache.phase_record(patient, phases[0])
+            points_mm = (lattice_zyx + starts[0])[:, ::-1] * grid.spacing_mm + grid.origin_mm
+            if phases[0] == phases[1]:
+                partner[row] = points_mm
+            elif (field := self._field(patient)) is not None:
+                partner[row] = field.inhale_mm(points_mm)
+        return np.ascontiguousarray(np.moveaxis(partner, -1, 1)).reshape(len(places), 3, *nodes)
 
     def _read(self, places: "list[_Place]") -> CropBatch:
         names = ("ct", "valid", "lung", *([self.config.labels] if self.config.labels else []))
@@ -198,6 +220,7 @@ class PairCrops:
             slot_phase=torch.tensor([[PHASES.index(phase) for phase in place.phases] for place in places]),
             patient=torch.tensor([self._places[place.patient] for place in places]),
             exhale_to_inhale=torch.from_numpy(links),
+            partner_mm=torch.from_numpy(self._partner_mm(places)) if self.config.correspondences else None,
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from lungssl_ops.ct_views import ViewTable, ct_views, mask_views, view_affine, view_coords_mm
 from torch import Tensor
@@ -185,12 +186,18 @@ def _sample(crops: CropBatch, kind: Kind, side: int, drawn: list[_Drawn]) -> lis
     voxel_to_mm = crops.voxel_to_mm.flatten(0, 1)[block.to(crops.voxel_to_mm.device)]
     images = ct_views(crops.ct_hu.flatten(0, 1), table, size, fill_hu=None).split(batch)
     coords_mm = view_coords_mm(table, size, voxel_to_mm).split(batch)
+    partner_mm: list[Tensor | None] = [None] * len(drawn)
+    if crops.partner_mm is not None:
+        for i, one in enumerate(drawn):
+            if one.slot == 0:
+                partner_mm[i] = _partner_mm(crops, crops.partner_mm, coords_mm[i])
     valid, lung = masks(crops.valid, "wholly"), masks(crops.lung, "nearest")
     labels = None if crops.labels is None else masks(crops.labels, "nearest")
     return [
         View(
             image=images[i],
             coords_mm=coords_mm[i],
+            partner_mm=partner_mm[i],
             valid=valid[i] > 0,
             lung=lung[i] > 0,
             labels=None if labels is None else labels[i],
@@ -199,6 +206,21 @@ def _sample(crops: CropBatch, kind: Kind, side: int, drawn: list[_Drawn]) -> lis
         )
         for i, one in enumerate(drawn)
     ]
+
+
+def _partner_mm(
+    crops: CropBatch, lattice_mm: Float32[Tensor, "b 3 _z _y _x"], coords_mm: Float32[Tensor, "b 3 z y x"]
+) -> Float32[Tensor, "b 3 z y x"]:
+    """Points of slot 0's blocks in slot 1's scan, linear between the lattice's nodes; NaN outside of the block."""
+    affine = crops.voxel_to_mm[:, 0]
+    inverse = torch.linalg.inv(affine[:, :, :3])
+    relative = coords_mm - affine[:, :, 3, None, None, None]
+    index = torch.einsum("bij,bjzyx->bzyxi", inverse, relative)
+    last = _block_xyz(crops).to(index) - 1
+    where = 2 * index / last - 1
+    found = F.grid_sample(lattice_mm, where, align_corners=True, padding_mode="border")
+    inside = (where.abs() <= 1 + 1e-4).all(dim=-1)[:, None]
+    return torch.where(inside, found, torch.nan)
 
 
 def _block_xyz(crops: CropBatch) -> Float32[Tensor, "3"]:

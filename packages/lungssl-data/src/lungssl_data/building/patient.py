@@ -185,7 +185,8 @@ def _build(source: PairSource, split: Split, recipe: Recipe) -> Built:
     pair = pair_from_source(
         source, config=recipe.config, split=split, key=key, source_sha256=images, threads=recipe.threads
     )
-    warnings = [f"{phase}: {text}" for phase in pair.phases() for text in scan_warnings(pair.scan(phase))]
+    warnings = [*source.notes]
+    warnings += [f"{phase}: {text}" for phase in pair.phases() for text in scan_warnings(pair.scan(phase))]
     swapped = swapped_phases(pair) if source.dual_phase else None
     if swapped and recipe.phase_check == "fail":
         raise CacheError(

@@ -117,6 +117,8 @@ class PairSource:
     """None: decided when the cache is built."""
     problem: str = ""
     """Why the patient can't be used, and what to do; without any name."""
+    notes: tuple[str, ...] = ()
+    """What the layout left out or took for granted, for the build's report: sentences without any name."""
     place: str = ""
     """Where the patient is in the layout, by number, e.g. `line 3`: for those whose id may not be said."""
 
