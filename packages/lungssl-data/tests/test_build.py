@@ -44,8 +44,11 @@ def cohort(tmp_path: Path, thorax: Thorax) -> Path:
         write_volume(root / patient / "exhale.nii.gz", thorax(inflation=inflation))
         write_volume(root / patient / "inhale.mha", thorax(inflation=1.1))
     lungs = thorax(inflation=0.8)
-    lobes = LabelMap(labels=np.where(lungs.hu == -700, 11, 0).astype(np.uint8), geometry=lungs.geometry)
-    write_labels(root / "p1" / "exhale_lobes.nrrd", replace(lobes, labels=(lobes.labels > 0).astype(np.uint8) * 4))
+    z, _, x = np.indices(lungs.hu.shape)
+    third, left = z * 3 // len(z), x >= lungs.hu.shape[2] // 2
+    lobes = np.where(left, 5 - np.minimum(third, 1), 3 - third) * (lungs.hu == -700)
+    labels = LabelMap(labels=lobes.astype(np.uint8), geometry=lungs.geometry)
+    write_labels(root / "p1" / "exhale_lobes.nrrd", labels)
     return root
 
 
@@ -501,3 +504,56 @@ def test_masks_of_other_conventions_are_recoded_and_sides_found(tmp_path: Path, 
     wrong = ScanSource(image=tmp_path / "ct.nii.gz", offset_hu=-1024, lung=tmp_path / "luna.nii.gz", lung_codes="both")
     with pytest.raises(CacheError, match="none of its labels is a lung in the codes 'both'"):
         pair_from_source(PairSource(patient="p1", scans={"inhale": wrong}), config=CONFIG, split="train")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"p1": "later"}', b'{"p1": ["train"]}', b"\xff\x00"])
+def test_damaged_decisions_on_splits_stop_a_build_with_the_next_step(
+    cohort: Path, tmp_path: Path, content: bytes
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / ".splits.json").write_bytes(content)
+    with pytest.raises(CacheError, match=r"\.splits\.json: .*damaged; delete it"):
+        list(build_cache(read_layout("folder", cohort), cache, config=CONFIG))
+
+
+def test_a_damaged_note_on_ids_and_a_file_in_the_caches_place_are_named(cohort: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (cache / ".ids").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"\.ids: can't be read, or is damaged; delete it if"):
+        list(build_cache(read_layout("folder", cohort), cache, config=CONFIG))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CacheError, match="file: is a file; name a folder for the cache"):
+        list(build_cache(read_layout("folder", cohort), tmp_path / "file", config=CONFIG))
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from pathlib import Path
+from lungssl_data.building import workers
+from lungssl_data.building.patient import Recipe
+from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.prepare import PrepareConfig
+
+# At work, as an idle worker ends when its pipe closes.
+workers.build_patient = lambda *_, **__: (print(os.getpid(), flush=True), time.sleep(60))
+if __name__ == "__main__":
+    recipe = Recipe(folder=Path(sys.argv[1]), config=PrepareConfig())
+    pool = workers.Workers(1, recipe, time_limit_s=None, memory_limit_gib=None)
+    pool.start(PairSource(patient="p", scans={"exhale": ScanSource(image=Path("no.nii"))}), "train")
+    time.sleep(60)
+"""
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.1)

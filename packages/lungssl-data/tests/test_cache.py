@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import pickle
 import zlib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import h5py
 import hdf5plugin  # noqa: F401  (registers the filter, as any reader of the files must)
 import numpy as np
 import pytest
+from lungssl_data.building.plan import patient_in
 from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.cache_file import lung_points_vox
 from lungssl_data.pair import CacheError, Displacement, Landmarks, PhasePair
@@ -289,3 +291,16 @@ def test_lung_points_are_lung_voxels_and_repeatable(make_pair: MakePair) -> None
     assert points.shape == (100, 3)
     assert (lung[tuple(points.T.astype(int))] > 0).all()
     np.testing.assert_array_equal(points, lung_points_vox(lung, count=100))
+
+
+def test_a_copied_file_and_a_pipe_are_named_and_no_patients(tmp_path: Path, make_pair: MakePair) -> None:
+    path = write_pair(make_pair(), tmp_path)
+    (tmp_path / "p02.h5").write_bytes(path.read_bytes())
+    with pytest.raises(CacheError, match=r"p02\.h5: holds patient p01, so it was renamed or copied; delete it"):
+        PairCache(tmp_path)
+    assert patient_in(tmp_path, "p02") is None and patient_in(tmp_path, "p01") is not None
+    (tmp_path / "p02.h5").unlink()
+    os.mkfifo(tmp_path / "p03.h5")
+    with pytest.raises(CacheError, match=r"p03\.h5: is neither a file nor a link to one; take it out"):
+        PairCache(tmp_path)
+    assert patient_in(tmp_path, "p03") is None

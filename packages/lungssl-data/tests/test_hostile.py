@@ -228,7 +228,7 @@ def test_a_qform_needs_voxels_of_a_size(tmp_path: Path) -> None:
 
 
 _MHA = "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\n{}ElementDataFile = {}\n"
-_NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 2 3 4\nencoding: raw\nendian: little\n{}\n"
+_NRRD = "NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: 2 3 4\nencoding: raw\nendian: little\n{}\n"
 
 
 @pytest.mark.parametrize(

@@ -53,16 +53,33 @@ def test_a_patient_whose_files_cannot_be_used_is_listed_with_the_problem_beside_
     touch(
         tmp_path, *(f"p2/{name}" for name in files), "p1/exhale.nii", "p3/exhale.nii", "other/notes.txt", ".old/ee.nii"
     )
-    first, second, third = read_layout("auto", tmp_path)
+    other, first, second, third = read_layout("auto", tmp_path)
+    assert other.problem.startswith("no exhale and no inhale volume in it (1 files)")
     assert (first.problem, third.problem) == ("", "") and first.scans and third.scans
     assert second.patient == "p2" and not second.scans and second.problem.startswith(problem)
     assert [source.place for source in (first, second, third)] == [f"folder {n} of 4 by name" for n in (2, 3, 4)]
 
 
-def test_files_that_are_no_part_of_the_layout_are_no_matter(tmp_path: Path) -> None:
-    touch(tmp_path, "p1/exhale.nii.gz", "p1/report.nii", "p1/report.mha", "p1/old/exhale.nii")
-    (source,) = read_layout("auto", tmp_path)
-    assert source.scans["exhale"].image == tmp_path / "p1/exhale.nii.gz" and not source.problem
+def test_what_the_layout_leaves_out_of_a_patient_is_counted_without_names(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/exhale.nii.gz", "p1/exhale_lobe.nii.gz", "p1/old/exhale.nii", "p1/readme.txt", "p1/.x.nii")
+    touch(tmp_path, "p1/landmarks.csv", "p2/exhale.nhdr", "p2/inhale.nrrd")
+    first, second = read_layout("auto", tmp_path)
+    assert first.scans["exhale"].image == tmp_path / "p1/exhale.nii.gz" and not first.problem
+    left_out, landmarks = first.notes
+    assert (
+        left_out.startswith("2 of its volumes, folders or tables were left out") and "exhale_lobe.nii" not in left_out
+    )
+    assert landmarks == "its landmarks were left out, as they need both phases"
+    assert second.scans.keys() == {"exhale", "inhale"} and second.notes == ()
+
+
+def test_a_folder_that_gives_no_patient_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/exhale.nii", "p2/exhal.nii", "raw data (old)/scan/exhale.nii")
+    (tmp_path / "p3").mkdir()
+    sources = read_layout("auto", tmp_path)
+    assert [source.patient for source in sources] == ["p1", "p2", "p3", "folder-4"]
+    assert [bool(source.problem) for source in sources] == [False, True, True, True]
+    assert "(0 files)" in sources[2].problem and "raw data" not in sources[3].problem
 
 
 def test_masks_without_a_scan_are_their_subjects_problem(tmp_path: Path) -> None:

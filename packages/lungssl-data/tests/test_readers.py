@@ -145,15 +145,46 @@ def test_padding_is_kept_and_told_by_valid(tmp_path: Path) -> None:
     assert not read.valid()[:2].any() and read.valid()[2:].all()
 
 
-def test_the_sform_wins_over_the_qform_and_the_qform_serves_alone(tmp_path: Path) -> None:
+def test_sform_and_qform_must_agree_and_either_serves_alone(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4))
-    for code, x_mm in ((1, -5.0), (0, -9.0)):
-        sform, qform = np.diag([2.0, 2.0, 2.0, 1.0]), np.eye(4)
-        sform[0, 3], qform[0, 3] = 5.0, 9.0
-        image.set_qform(qform, code=2)
-        image.set_sform(sform, code=code)
+    sform, qform = np.diag([2.0, 2.0, 2.0, 1.0]), np.diag([2.0, 2.0, 2.0, 1.0])
+    sform[0, 3], qform[0, 3] = 5.0, 9.0
+    for codes, x_mm in (((1, 0), -5.0), ((0, 2), -9.0)):
+        image.set_qform(qform, code=codes[1])
+        image.set_sform(sform, code=codes[0])
         nibabel.save(image, tmp_path / "a.nii")
         assert read_volume(tmp_path / "a.nii").geometry.origin_mm[0] == x_mm
+    image.set_qform(qform, code=2)
+    image.set_sform(sform, code=1)
+    nibabel.save(image, tmp_path / "a.nii")
+    with pytest.raises(VolumeError, match=r"sform and qform put a corner 4\.0 mm apart.*set both"):
+        read_volume(tmp_path / "a.nii")
+    qform[0, 3] = 5.5  # a quarter of a voxel
+    image.set_qform(qform, code=2)
+    nibabel.save(image, tmp_path / "a.nii")
+    assert read_volume(tmp_path / "a.nii").geometry.origin_mm[0] == -5.0
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "its space is not one of"),
+        ("space: scanner-xyz\n", "its space is not one of"),
+        ('space: LPS\nspace units: "m" "m" "m"\n', "its space units is not mm"),
+    ],
+)
+def test_an_nrrd_without_orientation_or_in_other_units_is_refused(tmp_path: Path, line: str, problem: str) -> None:
+    header = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 2 3 4\n{line}encoding: raw\nendian: little\n\n"
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + b"\0" * 48)
+    with pytest.raises(VolumeError, match=problem):
+        read_volume(tmp_path / "a.nrrd")
+
+
+def test_a_metaimage_in_other_units_is_refused(tmp_path: Path) -> None:
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nDistanceUnits = um\nElementType = MET_SHORT\n"
+    (tmp_path / "a.mha").write_bytes((header + "ElementDataFile = LOCAL\n").encode() + b"\0" * 48)
+    with pytest.raises(VolumeError, match="DistanceUnits is not mm; export it in millimetres"):
+        read_volume(tmp_path / "a.mha")
 
 
 def test_one_frame_of_a_4d_nifti_passes_and_two_do_not(tmp_path: Path) -> None:
@@ -236,7 +267,7 @@ def test_a_header_that_claims_gigabytes_is_refused_before_memory_is_taken(tmp_pa
     with pytest.raises(VolumeError, match=r"short\.nii\.gz: its header claims 250000000 bytes .* truncated"):
         read_volume(tmp_path / "short.nii.gz")
     (tmp_path / "bomb.nrrd").write_text(
-        "NRRD0004\ntype: short\ndimension: 3\nsizes: 2000 2000 2000\nencoding: gzip\nendian: little\n\nx"
+        "NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: 2000 2000 2000\nencoding: gzip\nendian: little\n\nx"
     )
     with pytest.raises(VolumeError, match=r"claims 14\.9 GiB"):
         read_volume(tmp_path / "bomb.nrrd")
@@ -252,7 +283,8 @@ def test_a_header_cannot_reach_outside_its_folder(tmp_path: Path, target: str) -
         f"ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_SHORT\nElementDataFile = {target}\n"
     )
     (folder / "a.nhdr").write_text(
-        f"NRRD0004\ntype: short\ndimension: 3\nsizes: 2 3 4\nencoding: raw\nendian: little\ndata file: {target}\n"
+        "NRRD0004\ntype: short\ndimension: 3\nspace: LPS\nsizes: 2 3 4\nencoding: raw\nendian: little\n"
+        f"data file: {target}\n"
     )
     for name in ("a.mhd", "a.nhdr"):
         with pytest.raises(VolumeError, match=f"{name}: its data file must be one file in the header's own folder"):

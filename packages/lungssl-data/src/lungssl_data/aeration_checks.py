@@ -1,4 +1,4 @@
-"""What is suspicious about a prepared scan or a pair, though it can be used: looked at by people, not refused."""
+"""Air in a prepared scan or a pair: what is suspicious is looked at by people, lungs without any are refused."""
 
 import numpy as np
 
@@ -14,6 +14,23 @@ AIRLESS_HU = -100.0
 """Non-aerated lung lies above (`domain.md` A2)."""
 MOST_AIRLESS_SHARE = 0.25
 """Of a given mask's volume; normal lungs hold 7 ± 4 % of their mass there (`domain.md` A2), about 2 % of volume."""
+
+LEAST_GAS_SHARE = 0.01
+"""Of the mask's volume, below which the values can't be lungs in HU: whitest lungs on extracorporeal support still hold
+several per cent; a scan in other units, of changed sign or with a mask elsewhere holds none."""
+
+
+def airless(scan: PhaseScan) -> str | None:
+    """One sentence where the mask holds practically no gas, with the HU found in it; else None."""
+    hu = scan.ct_hu[scan.lung > 0]
+    share = float(np.clip(hu, -1000, 0).mean()) / -1000 if len(hu) else 0.0
+    if share >= LEAST_GAS_SHARE:
+        return None
+    low, high = np.percentile(hu, [1, 99]) if len(hu) else (np.nan, np.nan)
+    return (
+        f"the lung mask holds no air: {low:.0f} to {high:.0f} HU in it (1st to 99th percentile), lungs lie around -900 "
+        f"to 100; check that the scan is in Hounsfield units, and that the mask is of this scan"
+    )
 
 
 def gas_ml(scan: PhaseScan) -> float:

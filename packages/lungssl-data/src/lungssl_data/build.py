@@ -28,7 +28,7 @@ from lungssl_data.building.workers import Workers
 from lungssl_data.cache_index import rebuild_index
 from lungssl_data.layouts.patients import check_ids
 from lungssl_data.layouts.source import PairSource
-from lungssl_data.pair import Split
+from lungssl_data.pair import CacheError, Split
 from lungssl_data.prepare import PrepareConfig
 
 __all__ = ["Built", "PhaseCheck", "build_cache", "pair_from_source"]
@@ -66,6 +66,8 @@ def build_cache(
     if jobs == 0 and (time_limit_s is not None or memory_limit_gib is not None):
         raise ValueError("limits of time and memory are those of a worker process; build with jobs=1 or more")
     mine = shard_of(sources, shard)
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder}: is a file; name a folder for the cache")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     locks = Locks(folder, stale_s=lock_stale_s)

@@ -68,6 +68,11 @@ def read_index(folder: Path, *, trust: bool = True) -> list[PatientRecord]:
         entry = known.get(path.stem)
         if entry is None or entry["stamp"] != stamp:
             entry = {"stamp": stamp, **_read_record(path)}
+        if entry["patient"] != path.stem:
+            raise CacheError(
+                f"{path}: holds patient {entry['patient']}, so it was renamed or copied; delete it, or name it "
+                f"{entry['patient']}.h5 again"
+            )
         entries[path.stem] = entry
     if entries != known and os.access(folder, os.W_OK):
         temporary = temporary_path(folder, "index")
@@ -167,6 +172,8 @@ def patient_record(file: Node) -> PatientRecord:
 
 
 def open_patient_file(path: Path) -> Node:
+    if path.exists() and not path.is_file():  # who opens a pipe waits for ever
+        raise CacheError(f"{path}: is neither a file nor a link to one; take it out of the cache's folder")
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A displacement field on a lattice of some millimetres: small enough to keep for every patient, exact enough to train on."""
+"""A displacement field on a lattice of some millimetres: small enough to keep, exact enough to train on."""
 
 import math
 from dataclasses import dataclass

@@ -11,13 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from lungssl_data.aeration_checks import gas_ml, scan_warnings, swapped_phases
+from lungssl_data.aeration_checks import airless, gas_ml, scan_warnings, swapped_phases
 from lungssl_data.building.hashes import HashStore
 from lungssl_data.building.naming import called, redacted
 from lungssl_data.building.plan import patient_in
 from lungssl_data.cache import write_pair
 from lungssl_data.cache_index import FORMAT_VERSION
 from lungssl_data.field import read_field
+from lungssl_data.fit_checks import check_fit
 from lungssl_data.layouts.source import LESION_CODES, LOBE_CODES, LUNG_CODES, PairSource, ScanSource, read_image
 from lungssl_data.lung_mask import LUNG_MASK_VERSION
 from lungssl_data.pair import CacheError, Displacement, LandmarkKind, Landmarks, PhasePair, PhaseScan, Split
@@ -26,7 +27,7 @@ from lungssl_data.readers import files_of, read_labels
 from lungssl_data.resample import RESAMPLE_VERSION
 from lungssl_data.volume import Geometry, LabelMap
 
-READERS_VERSION = 2
+READERS_VERSION = 3
 """Raised whenever the same files would be read as other voxels, grids or landmarks."""
 STEP_VERSIONS = {
     "format": FORMAT_VERSION,
@@ -185,7 +186,11 @@ def _build(source: PairSource, split: Split, recipe: Recipe) -> Built:
     pair = pair_from_source(
         source, config=recipe.config, split=split, key=key, source_sha256=images, threads=recipe.threads
     )
-    warnings = [*source.notes]
+    for phase in pair.phases():
+        problem = airless(pair.scan(phase))
+        if problem:
+            raise CacheError(f"{phase}: {problem}")
+    warnings = [*source.notes, *check_fit(pair)]
     warnings += [f"{phase}: {text}" for phase in pair.phases() for text in scan_warnings(pair.scan(phase))]
     swapped = swapped_phases(pair) if source.dual_phase else None
     if swapped and recipe.phase_check == "fail":

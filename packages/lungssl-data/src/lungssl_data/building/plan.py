@@ -4,13 +4,18 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 from lungssl_data.building.locks import Locks
 from lungssl_data.cache_index import PatientRecord, open_patient_file, patient_record, temporary_path
 from lungssl_data.layouts.source import PairSource
 from lungssl_data.pair import CacheError, Split
 from lungssl_data.splits import assign_splits
+
+_DAMAGED_IDS = "delete it if you are sure that all ids in this cache are of the kind that this build makes"
+_DAMAGED_SPLITS = "delete it: patients in the cache keep their splits, those who were only listed may get others"
 
 
 def known_patients(folder: Path) -> dict[str, PatientRecord]:
@@ -27,9 +32,10 @@ def patient_in(folder: Path, patient: str) -> PatientRecord | None:
     """What the cache holds of one patient, or None if nothing that can be read."""
     try:
         with open_patient_file(folder / f"{patient}.h5") as file:
-            return patient_record(file)
+            record = patient_record(file)
     except (CacheError, OSError, RuntimeError, KeyError, TypeError, AttributeError):  # what h5py raises for damage
         return None
+    return record if record.patient == patient else None  # a copy of another patient's file is not this one's
 
 
 def shard_of(sources: Sequence[PairSource], shard: tuple[int, int]) -> list[PairSource]:
@@ -47,9 +53,9 @@ def keep_to_ids(folder: Path, ids: str, locks: Locks) -> None:
     """
     path = folder / ".ids"
     with locks.holding(".ids"):
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        before = _text(path, _DAMAGED_IDS)
         if not before:
-            path.write_text(ids, encoding="utf-8")
+            os.replace(_written(path, ids), path)
     if before not in ("", ids):
         raise CacheError(
             f"this cache has patient ids {before}, and this build's are {ids}: one patient would have two; "
@@ -71,16 +77,48 @@ def decide_splits(
     persons |= {source.patient: source.person for source in sources}
     while True:
         with locks.holding(".splits"):
-            before: dict[str, Split] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            before = _decided(path)
             fixed = dict(before)
             fixed.update((patient, record.split) for patient, record in known.items())
             fixed.update((source.patient, source.split) for source in sources if source.split is not None)
             splits = assign_splits([*known, *(source.patient for source in sources)], fixed, persons)
             if before | splits == before:
                 return splits
-            temporary = temporary_path(folder, "_splits")
-            temporary.write_text(json.dumps(before | splits, indent=0), encoding="utf-8")
+            temporary = _written(path, json.dumps(before | splits, indent=0))
             if locks.holds(".splits"):  # else another builder has decided since: its decisions count
                 os.replace(temporary, path)
                 return splits
             temporary.unlink()
+
+
+def _decided(path: Path) -> dict[str, Split]:
+    """The splits decided before; CacheError where the file is damaged, as deciding anew could leak patients."""
+    if not path.exists():
+        return {}
+    try:
+        decided = json.loads(_text(path, _DAMAGED_SPLITS))
+    except ValueError:
+        decided = None
+    if not isinstance(decided, dict) or not all(split in get_args(Split) for split in decided.values()):
+        raise CacheError(f"{path}: is damaged; {_DAMAGED_SPLITS}")
+    return decided
+
+
+def _text(path: Path, next_step: str) -> str:
+    """A small file's text, empty where there is none; CacheError where it can't be read."""
+    if not path.exists():
+        return ""
+    if path.is_file():
+        with suppress(OSError, UnicodeDecodeError):
+            return path.read_text(encoding="utf-8")
+    raise CacheError(f"{path}: can't be read, or is damaged; {next_step}")
+
+
+def _written(path: Path, text: str) -> Path:
+    """A temporary file on disk to put in a file's place: a crash or power loss leaves the old one or the new one."""
+    temporary = temporary_path(path.parent, path.name.replace(".", "_"))
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary

@@ -5,8 +5,10 @@ too long costs its patient and nothing else; a fresh one takes its place.
 """
 
 import multiprocessing
+import os
 import resource
 import signal
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from typing import Any
 from lungssl_data.building.patient import Built, Recipe, build_patient
 from lungssl_data.layouts.source import PairSource
 from lungssl_data.pair import Split
+
+_PARENT_POLL_S = 0.5
 
 
 @dataclass(kw_only=True)
@@ -131,7 +135,15 @@ def _limit_memory(gib: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
+def _end_with_parent(parent: int) -> None:
+    """A killed parent closes nothing and tells nobody; without this, its workers would finish their patients."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_S)
+    os._exit(1)
+
+
 def _work(pipe: Connection, recipe: Recipe, memory_limit_gib: float | None) -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold a patient's scan
     if memory_limit_gib is not None:

@@ -2,7 +2,8 @@
 
 Any volume format; a phase may also be a folder of DICOM slices. `exhale_to_inhale.nrrd` is a known displacement,
 `landmarks.csv` (experts', or exact) and `keypoints.csv` (a program's) have the columns `exhale_x_mm`, ...,
-`inhale_z_mm` in LPS mm. Names follow PHASE_ALIASES without regard to case; files with other names are passed over.
+`inhale_z_mm` in LPS mm. Names follow PHASE_ALIASES without regard to case. Volumes, folders and tables with other names
+are left out, which the build says; folders that give no patient are told as such.
 `lungssl phantom` writes this layout.
 """
 
@@ -11,11 +12,12 @@ from pathlib import Path
 
 from lungssl_data.layouts.files import dataset_name, read_landmarks
 from lungssl_data.layouts.source import PHASE_ALIASES, PairSource, ScanSource, attempt
-from lungssl_data.pair import CacheError, LandmarkKind, Landmarks, Phase
+from lungssl_data.pair import PATIENT_PATTERN, CacheError, LandmarkKind, Landmarks, Phase
 
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 MASKS = ("lung", "lobes", "lesion")
 FIELD = "exhale_to_inhale"
+PHANTOM_TRUTH = "phantom.json"
 STEMS = {FIELD, *PHASE_ALIASES, *(f"{alias}_{mask}" for alias in PHASE_ALIASES for mask in MASKS)}
 POINTS: dict[LandmarkKind, str] = {"expert": "landmarks.csv", "automatic": "keypoints.csv"}
 
@@ -29,9 +31,9 @@ def recognises(root: Path) -> bool:
 
 
 def read(root: Path) -> list[PairSource]:
-    """Patients in the order of their folders' names, with a problem where files are too many or damaged.
+    """Patients in the order of their folders' names, with a problem where files are missing, too many or damaged.
 
-    CacheError where there is no patient. Hidden folders, and those without a volume, are passed over.
+    CacheError where there is no patient. Hidden folders are passed over.
     """
     if not root.is_dir():
         raise CacheError(f"{root}: no such folder; expected one sub-folder per patient with exhale.* and inhale.*")
@@ -39,8 +41,10 @@ def read(root: Path) -> list[PairSource]:
     sources = []
     for number, folder in enumerate(folders, start=1):
         place = f"folder {number} of {len(folders)} by name"
-        sources += attempt(folder.name, _patient, folder, place, place=place)
-    if not sources:
+        # A folder that is no patient need not be named like one.
+        patient = folder.name if _has_scan(folder) or PATIENT_PATTERN.fullmatch(folder.name) else f"folder-{number}"
+        sources += attempt(patient, _patient, folder, place, place=place)
+    if not any(_has_scan(folder) for folder in folders):
         raise CacheError(
             f"{root}: no sub-folder has an exhale or inhale volume; see the layouts in `lungssl list layouts`"
         )
@@ -68,7 +72,10 @@ def _patient(folder: Path, place: str) -> list[PairSource]:
                 evidence="file name",
             )
     if not scans:
-        return []
+        raise CacheError(
+            f"no exhale and no inhale volume in it ({sum(1 for _ in folder.iterdir())} files); name them as "
+            f"`lungssl list layouts` says, or move the folder out of the cohort"
+        )
     landmarks: dict[LandmarkKind, Landmarks] = {}
     if len(scans) == 2:
         there: dict[LandmarkKind, str] = {kind: name for kind, name in POINTS.items() if os.path.lexists(folder / name)}
@@ -80,9 +87,32 @@ def _patient(folder: Path, place: str) -> list[PairSource]:
             displacement=files.get(FIELD),
             landmarks=landmarks,
             dataset=dataset_name(folder.parent, ""),
+            notes=_left_out(folder, set(files.values()), paired=len(scans) == 2),
             place=place,
         )
     ]
+
+
+def _has_scan(folder: Path) -> bool:
+    return any(_stem(path) in PHASE_ALIASES for path in folder.iterdir())
+
+
+def _left_out(folder: Path, used: set[Path], *, paired: bool) -> tuple[str, ...]:
+    """What the layout doesn't read of a patient's volumes, folders and tables, without their names."""
+    points = set(POINTS.values())
+    if (folder / PHANTOM_TRUTH).exists():
+        return ()  # its other label maps are known: a phantom's truth, for tests
+    rest = [path for path in folder.iterdir() if path not in used and not path.name.startswith(".")]
+    unknown = [p for p in rest if p.name not in points and (p.is_dir() or p.name.lower().endswith((*SUFFIXES, ".csv")))]
+    notes = []
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of its volumes, folders or tables were left out, their names are not the layout's: "
+            f"exhale, inhale, each with _lung, _lobes or _lesion, {FIELD}, {', '.join(sorted(points))}"
+        )
+    if not paired and any(path.name in points for path in rest):
+        notes.append("its landmarks were left out, as they need both phases")
+    return tuple(notes)
 
 
 def _stem(path: Path) -> str:

@@ -31,6 +31,9 @@ _HEADER_BYTES = 1 << 16
 _METAIMAGE_NUMBERS = {"ElementSpacing": 1, "ElementSize": 1, "Offset": 1, "Position": 1, "Origin": 1}
 _METAIMAGE_NUMBERS |= {"TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
 _ENCODINGS: dict[str, Literal["raw", "gzip"]] = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}
+_SPACES = ("lps", "left-posterior-superior", "ras", "right-anterior-superior", "las", "left-anterior-superior")
+_SPACES += tuple(f"{name}-time" for name in _SPACES)
+"""Of NRRD; these are the ones that ITK knows to turn into LPS."""
 _METAIMAGE_KEYS = {
     key.lower(): key
     for key in (
@@ -191,6 +194,9 @@ def _metaimage_data(path: Path) -> _Data:
     }
     if len(orders) > 1:
         raise VolumeError("its header states two byte orders; export it again", name=path.name)
+    unit = fields.get("distanceunits", "mm").lower()
+    if unit not in ("mm", "?", ""):  # "?" is MetaIO's word for unknown
+        raise VolumeError("its DistanceUnits is not mm; export it in millimetres", name=path.name)
     return _Data(
         path=path if local else _beside(path, value),
         offset=end if local else None if skip == -1 else skip,
@@ -227,6 +233,14 @@ def _nrrd_data(path: Path) -> _Data:
     skip = _integer(fields.get("byteskip", "0"), path)
     if _integer(fields.get("lineskip", "0"), path) or (skip and (encoding != "raw" or attached)):
         raise VolumeError("skips lines or bytes before its voxels; export it without", name=path.name)
+    if fields.get("space", "").lower() not in _SPACES:
+        raise VolumeError(
+            "its space is not one of left-posterior-superior, right-anterior-superior and left-anterior-superior, so "
+            "left and right are unknown; export it with its orientation",
+            name=path.name,
+        )
+    if any(unit.strip('"').lower() not in ("mm", "millimeter", "???", "none", "") for unit in _units(fields)):
+        raise VolumeError("its space units is not mm; export it in millimetres", name=path.name)
     return _Data(
         path=path if attached else _beside(path, fields["datafile"]),
         offset=end if attached else None if skip == -1 else skip,
@@ -234,6 +248,11 @@ def _nrrd_data(path: Path) -> _Data:
         order=">" if fields.get("endian", "").lower() == "big" else "<",
         sizes=_sizes(fields.get("sizes", ""), path),
     )
+
+
+def _units(fields: dict[str, str]) -> list[str]:
+    """Units of NRRD's axes of space, as they are spelled; empty where none are given."""
+    return fields.get("spaceunits", "").split() + fields.get("units", "").split()
 
 
 def _is_true(fields: dict[str, str], key: str, default: bool) -> bool:

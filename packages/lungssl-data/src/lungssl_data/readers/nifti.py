@@ -28,6 +28,9 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 LARGEST_OFFSET = 64 << 20
 """Bytes of header and extensions before the voxels; a file that claims more is refused."""
 _NIFTI1, _NIFTI2 = 348, 540
+MOST_FORMS_APART_VOX = 0.5
+"""Between sform and qform at any corner, in units of the smallest voxel side: rounding of quaternions and float32 stays
+under 0.01, half a voxel is the least that a program would notice."""
 
 
 def read(path: Path) -> tuple[Stored, Geometry]:
@@ -43,6 +46,7 @@ def read(path: Path) -> tuple[Stored, Geometry]:
             claim = int(np.prod(shape, dtype=object)) * dtype.itemsize
             check_file(claim, path.stat().st_size, encoding="gzip" if gzipped else "raw", name=name)
             geometry = geometry_of(_affine_lps(header, name), shape, name)
+            _check_qform(header, name)
             slope, intercept = _rescale(header, name)
             stream.skip(_offset(header, consumed, name) - consumed)
             values = allocate(shape, dtype, name)
@@ -123,7 +127,10 @@ def _rescale(header: nibabel.Nifti1Header, name: str) -> tuple[float, float]:
 
 
 def _affine_lps(header: nibabel.Nifti1Header, name: str) -> Float[ndarray, "3 4"]:
-    """From index to LPS mm by the sform if its code is set, else the qform: what ITK and nibabel do."""
+    """From index to LPS mm by the sform if its code is set, else the qform; both are set alike, or it is refused.
+
+    ITK and nibabel take the sform, other programs the qform: where they differ, nobody knows what the file means.
+    """
     if int(header["xyzt_units"]) & 7 in (1, 3):
         raise VolumeError("its voxel size is not in millimetres; export it with unit mm", name=name)
     if int(header["sform_code"]) > 0:
@@ -141,3 +148,23 @@ def _affine_lps(header: nibabel.Nifti1Header, name: str) -> Float[ndarray, "3 4"
             "neither sform nor qform is set, so left and right are unknown; convert it from DICOM again", name=name
         )
     return RAS_TO_LPS @ np.asarray(affine[:3], float)
+
+
+def _check_qform(header: nibabel.Nifti1Header, name: str) -> None:
+    """VolumeError where both sform and qform are set and put a corner of the volume at different places."""
+    if min(int(header["sform_code"]), int(header["qform_code"])) <= 0:
+        return
+    sform = header.get_sform()
+    try:
+        qform = header.get_qform()
+    except (HeaderDataError, ValueError):
+        return  # no quaternion: there is one orientation only
+    corners = np.array(np.meshgrid(*((0, int(n) - 1) for n in header["dim"][1:4]))).reshape(3, -1)
+    apart_mm = np.linalg.norm((sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:], axis=0).max()
+    voxel_mm = np.linalg.norm(sform[:3, :3], axis=0).min()
+    if not apart_mm <= MOST_FORMS_APART_VOX * voxel_mm:  # NaN, too
+        raise VolumeError(
+            f"its sform and qform put a corner {apart_mm:.1f} mm apart, so programs place it differently; find out "
+            "which is right and set both to it",
+            name=name,
+        )
