@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_shards_build_each_patient_once_and_report_it(phantoms: Path, tmp_path: 
     lines = [json.loads(line) for line in (tmp_path / "build.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted((line["patient"], line["outcome"]) for line in lines) == [("p0", "built"), ("p1", "built")]
     assert main(["cache", "verify", str(tmp_path)]) == 0
+
+
+def test_patients_whom_the_source_no_longer_has_are_named(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(phantoms, tmp_path / "raw")
+    arguments = ["cache", "build", str(tmp_path / "raw"), "--out", str(tmp_path / "cache"), "--spacing-mm", "8"]
+    assert main(arguments) == 0
+    assert "earlier builds" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "raw" / "p0")
+    assert main(arguments) == 0
+    texts = capsys.readouterr()
+    assert "1 patients of earlier builds, whom raw does not have, stay" in texts.err and ": p0; delete" in texts.err
+    assert texts.out.startswith("1 patients in")
 
 
 def test_swapped_phases_are_bad_data_unless_told_otherwise(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from lungssl_data.build import build_cache, pair_from_source
 from lungssl_data.building import hashes
+from lungssl_data.building.duplicates import voxels_sha256
 from lungssl_data.building.hashes import HashStore
 from lungssl_data.building.locks import Locks, sweep
 from lungssl_data.building.plan import decide_splits, shard_of
@@ -274,10 +275,10 @@ def test_one_scan_under_two_names_is_told_and_the_same_person_is_not(cohort: Pat
     built = {b.patient: b for b in build_cache(sources, tmp_path / "cache", config=CONFIG, phase_check="warn")}
     assert built["p1"].warnings == ()
     assert [text.split(",")[0] for text in built["p3"].warnings] == [
-        "exhale: the same file as of p1",
-        "inhale: the same file as of p1",
+        "exhale: the same scan as of p1",
+        "inhale: the same scan as of p1",
     ]
-    assert "exhale and inhale are the same files" in " ".join(built["p2"].warnings)
+    assert "exhale and inhale are the same scan" in " ".join(built["p2"].warnings)
     again = [replace(source, person="one") for source in sources if source.patient != "p2"]
     rebuilt = list(build_cache(again, tmp_path / "anew", config=CONFIG))
     assert [b.warnings for b in rebuilt] == [(), ()]
@@ -557,3 +558,39 @@ if __name__ == "__main__":
     while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the worker outlived its parent"
         time.sleep(0.1)
+
+
+def test_the_same_voxels_in_another_format_and_other_axes_are_the_same_scan(thorax: Thorax, tmp_path: Path) -> None:
+    volume = thorax()
+    other = replace(volume.geometry, direction=volume.geometry.direction @ np.diag([-1.0, 1.0, -1.0]))
+    last = volume.geometry.index_to_mm() @ [volume.hu.shape[2] - 1, 0, volume.hu.shape[0] - 1, 1]
+    other = replace(other, origin_mm=tuple(float(v) for v in last))
+    turned = Volume(hu=np.flip(volume.hu, (0, 2)).copy(), geometry=other)
+    permuted = Volume(
+        hu=volume.hu.transpose(1, 0, 2).copy(),
+        geometry=replace(
+            volume.geometry,
+            shape=tuple(np.array(volume.hu.shape)[[1, 0, 2]].tolist()),
+            spacing_mm=tuple(np.array(volume.geometry.spacing_mm)[[0, 2, 1]].tolist()),
+            direction=volume.geometry.direction[:, [0, 2, 1]],
+        ),
+    )
+    padded = np.where(volume.hu <= -1000, -2048, volume.hu).astype(np.int16)
+    same = {voxels_sha256(v) for v in (volume, turned, permuted, replace(volume, hu=padded))}
+    assert len(same) == 1
+    changed = volume.hu.copy()
+    changed[20, 20, 20] += 1
+    assert voxels_sha256(replace(volume, hu=changed)) not in same
+    for patient, write in (("p1", "inhale.nii.gz"), ("p2", "inhale.mha")):
+        (tmp_path / "raw" / patient).mkdir(parents=True)
+        write_volume(tmp_path / "raw" / patient / write, volume if patient == "p1" else turned)
+    built = {b.patient: b for b in build_cache(read_layout("folder", tmp_path / "raw"), tmp_path / "c", config=CONFIG)}
+    assert built["p1"].warnings == ()
+    assert [text.split(",")[0] for text in built["p2"].warnings] == ["inhale: the same scan as of p1"]
+
+
+def test_an_id_that_differs_in_case_from_one_in_the_cache_is_refused(cohort: Path, tmp_path: Path) -> None:
+    list(build_cache(read_layout("folder", cohort)[:1], tmp_path / "cache", config=CONFIG))
+    (cohort / "p1").rename(cohort / "P1")
+    with pytest.raises(CacheError, match=r"patient P1 \(folder 1 of 2 by name\) is p1 in the cache; write it alike"):
+        list(build_cache(read_layout("folder", cohort), tmp_path / "cache", config=CONFIG))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from lungssl_data.layouts import read_layout
 from lungssl_data.readers import VolumeError, read_slices
 from lungssl_data.readers.dicom_phase import PhaseMark, phase_mark
 from lungssl_data.readers.dicom_tree import find_series
@@ -148,3 +149,52 @@ def test_descriptions_tell_a_phase_or_none(description: str, phase: str | None, 
 def test_the_nominal_percentage_comes_before_one_in_the_description() -> None:
     mark = _of("Gated 30%", percentage=50.0)
     assert (mark.phase, mark.percent, mark.evidence) == ("exhale", 50.0, "nominal percentage of respiratory phase")
+
+
+def _identity(**changes: str) -> Callable[[int, pydicom.Dataset], None]:
+    def edit(_i: int, data: pydicom.Dataset) -> None:
+        data.update(changes)
+
+    return edit
+
+
+def test_people_who_share_a_patient_id_are_nobodys_pair(tmp_path: Path, write_series: Write) -> None:
+    study = generate_uid()
+    common = {"PatientID": "ANON", "StudyInstanceUID": study}
+    write_series(tmp_path / "a", _identity(PatientName="DOE^JANE", SeriesDescription="Exp", **common))
+    write_series(tmp_path / "b", _identity(PatientName="Doe^Jane^^", SeriesDescription="Insp", **common))
+    (source,) = read_layout("dicom", tmp_path)
+    assert set(source.scans) == {"exhale", "inhale"} and source.notes == ()
+    write_series(tmp_path / "b", _identity(PatientName="ROE^RICHARD", SeriesDescription="Insp", **common))
+    (source,) = read_layout("dicom", tmp_path)
+    assert "its 2 CT series have one PatientID and 2 names" in source.problem
+    write_series(tmp_path / "b", _identity(PatientBirthDate="19500101", SeriesDescription="Insp", **common))
+    write_series(tmp_path / "a", _identity(PatientBirthDate="19600101", SeriesDescription="Exp", **common))
+    (source,) = read_layout("dicom", tmp_path)
+    assert "2 birth dates" in source.problem and "ANON" not in source.problem
+
+
+def test_files_without_a_patient_id_go_by_name_and_birth_date_or_by_study(tmp_path: Path, write_series: Write) -> None:
+    named = {"PatientID": "", "PatientName": "DOE^JANE", "PatientBirthDate": "19500101"}
+    for name in ("a", "b"):
+        write_series(tmp_path / name, _identity(**named))
+    assert [entry.told_by for entry in find_series(tmp_path, key=KEY)] == ["name"] * 2
+    assert len({entry.patient for entry in find_series(tmp_path, key=KEY)}) == 1
+    write_series(tmp_path / "c", _identity(PatientID="", PatientName=""))
+    notes = [note for source in read_layout("dicom", tmp_path) for note in source.notes]
+    assert any("the files name no patient, so this study counts as one" in note for note in notes)
+
+
+def test_series_that_the_pair_leaves_out_are_told(tmp_path: Path, write_series: Write) -> None:
+    study = {"PatientID": "one", "StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "a", _identity(SeriesDescription="Exp", **study))
+    write_series(tmp_path / "b", _identity(SeriesDescription="Insp", **study))
+    for percent in (10, 20):
+        write_series(tmp_path / f"gated{percent}", _identity(SeriesDescription=f"Gated, {percent}.0%", **study))
+    write_series(tmp_path / "c", _identity(PatientID="one", SeriesDescription="contrast"))
+    write_series(tmp_path / "d", _identity(SeriesDescription="other", **study))
+    next((tmp_path / "d").iterdir()).unlink()
+    (source,) = read_layout("dicom", tmp_path)
+    assert set(source.scans) == {"exhale", "inhale"}
+    (note,) = source.notes
+    assert note.startswith("2 more CT series of this patient left out, 1 of other studies")

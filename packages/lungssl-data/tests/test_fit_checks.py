@@ -114,3 +114,12 @@ def test_white_lungs_with_some_air_are_lungs() -> None:
     scan = phantom_pair("ards").scan("exhale")
     white = np.where(np.random.default_rng(0).random(scan.ct_hu.shape) < 0.1, -500, 40).astype(np.int16)
     assert airless(replace(scan, ct_hu=white)) is None
+
+
+@pytest.mark.parametrize(("axis", "name"), [(0, "head and feet"), (1, "front and back")])
+def test_a_scan_turned_over_against_its_partner_is_told(axis: int, name: str) -> None:
+    inhale = phantom_pair("ards").inhale
+    assert inhale is not None
+    turned = replace(phantom_pair("ards"), inhale=replace(inhale, lung=np.flip(inhale.lung, axis).copy()), landmarks={})
+    found = check_fit(replace(turned, displacement=None))
+    assert any(f"fit better with {name} of one exchanged" in text for text in found)

@@ -1,6 +1,6 @@
 import pytest
 from lungssl_data.pair import CacheError
-from lungssl_data.splits import FRACTIONS, assign_splits, keyed_person
+from lungssl_data.splits import FRACTIONS, assign_splits, keyed_person, same_spelling
 
 
 def test_shares_are_met_in_a_large_cohort() -> None:
@@ -90,3 +90,13 @@ def test_keyed_ids_part_and_join_the_same_people() -> None:
         assert splits["c0"] == splits["d0"]
     alone = {patient: person for patient, person in keyed.items() if patient[0] == "a"}
     assert len(set(assign_splits(alone, {}, alone).values())) == 3
+
+
+def test_a_person_is_the_same_however_spelt() -> None:
+    persons = {"a": "Jos\u00e9 1", "b": "jose\u0301 1 "} | {f"p{i}": f"p{i}" for i in range(6)}
+    assert same_spelling(persons["a"]) == same_spelling(persons["b"])
+    for order in (list(persons), list(persons)[::-1]):
+        splits = assign_splits(order, {}, persons)
+        assert splits["a"] == splits["b"]
+    key = bytes(range(32))
+    assert keyed_person(persons["a"], key) == keyed_person(persons["b"], key)

@@ -80,6 +80,7 @@ def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = ""
     `phantom` is a `lungssl_data.phantom.Phantom`, whose grids are axis-aligned already.
     """
     import numpy as np
+    from lungssl_data.building.duplicates import voxels_sha256
     from lungssl_data.pair import AIR_HU, Displacement, PhaseScan
     from lungssl_data.prepare import coarse_affine
 
@@ -102,7 +103,7 @@ def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = ""
             lobes=np.ascontiguousarray(source.lobes[box]),
             spacing_mm=geometry.spacing_mm,
             origin_mm=(x, y, z),
-            source_sha256=hashlib.sha256(source.ct.hu.tobytes()).hexdigest(),
+            source_sha256=voxels_sha256(source.ct),
         )
     exhale, inhale = scans["exhale"], scans["inhale"]
     return PhasePair(

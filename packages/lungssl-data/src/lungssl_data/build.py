@@ -23,7 +23,7 @@ from lungssl_data.building.duplicates import EqualScans
 from lungssl_data.building.hashes import append
 from lungssl_data.building.locks import STALE_S, Locks, sweep
 from lungssl_data.building.patient import Built, PhaseCheck, Recipe, build_patient, failed, pair_from_source
-from lungssl_data.building.plan import decide_splits, keep_to_ids, known_patients, patient_in, shard_of
+from lungssl_data.building.plan import check_case, decide_splits, keep_to_ids, known_patients, patient_in, shard_of
 from lungssl_data.building.workers import Workers
 from lungssl_data.cache_index import rebuild_index
 from lungssl_data.layouts.patients import check_ids
@@ -74,6 +74,7 @@ def build_cache(
     try:
         keep_to_ids(folder, ids, locks)
         known = known_patients(folder)
+        check_case(sources, known)
         splits = decide_splits([source for source in sources if not source.problem], folder, known, locks)
         equal_scans = EqualScans(known.values())
         recipe = Recipe(

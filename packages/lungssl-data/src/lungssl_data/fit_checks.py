@@ -26,6 +26,10 @@ CLEARLY_LESS = 0.7
 """A reversed reading that leaves less than this share of the residual is likely the right one."""
 LEAST_KNOWN = 0.5
 """Share of lung points that a field should know."""
+CLEARLY_BETTER = 1.25
+"""How many times better the lungs' profile along an axis must fit when turned over. Among the masks of the ten DIR-Lab
+COPD pairs the right way round is at worst 1.01 times, and the wrong way round 1.34 to 6 times in nine along z."""
+_PROFILE_BINS = 32
 
 
 def check_fit(pair: PhasePair) -> list[str]:
@@ -36,6 +40,7 @@ def check_fit(pair: PhasePair) -> list[str]:
         found += [f"{phase}: {text}" for text in [*_sides(scan), *_lobes(phase, scan), *_lesion(phase, scan)]]
     if pair.exhale is None or pair.inhale is None or pair.exhale_to_inhale is None:
         return found
+    found += _turned(pair.exhale, pair.inhale)
     for kind, points in pair.landmarks.items():
         found += _points(f"{kind} landmarks", points.exhale_mm, points.inhale_mm, pair.exhale_to_inhale)
     if pair.displacement is not None:
@@ -55,6 +60,30 @@ def _sides(scan: PhaseScan) -> list[str]:
     if min(map(len, x.values())) and x[1].mean() > x[2].mean():
         return ["the right lung lies to the patient's left; its mask's sides are exchanged, or the scan is mirrored"]
     return []
+
+
+def _turned(exhale: PhaseScan, inhale: PhaseScan) -> list[str]:
+    """Axes along which one phase's lungs look like the other's turned over."""
+    found = []
+    for axis, name in enumerate(("head and feet", "front and back", "right and left")):
+        one, other = _profile(exhale, axis), _profile(inhale, axis)
+        straight, turned = np.abs(one - other).sum(), np.abs(one - other[::-1]).sum()
+        if straight > CLEARLY_BETTER * turned:
+            found.append(
+                f"the lungs of exhale and inhale fit better with {name} of one exchanged; look at both scans, one's "
+                f"header may have a wrong direction"
+            )
+    return found
+
+
+def _profile(scan: PhaseScan, axis: int) -> Float[ndarray, "bins"]:
+    """Share of the lungs' voxels along an axis, from their first to their last slice."""
+    counts = np.count_nonzero(scan.lung, axis=tuple({0, 1, 2} - {axis}))
+    there = np.flatnonzero(counts)
+    counts = counts[there[0] : there[-1] + 1]
+    place = (np.arange(_PROFILE_BINS) + 0.5) / _PROFILE_BINS * len(counts) - 0.5
+    profile = np.interp(place, np.arange(len(counts)), counts)
+    return profile / profile.sum()
 
 
 def _lobes(phase: str, scan: PhaseScan) -> list[str]:

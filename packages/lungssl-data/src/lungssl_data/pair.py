@@ -41,6 +41,7 @@ class PhaseScan:
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float]
     source_sha256: str = ""
+    """Hash of the voxels that the scan was made from (`building.duplicates.voxels_sha256`)."""
 
     def geometry(self) -> Geometry:
         """The scan's grid in LPS mm."""

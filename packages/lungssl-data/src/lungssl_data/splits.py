@@ -10,6 +10,7 @@ that ask, meet in one cache, everybody of `nlst` may be anybody, and all of it g
 """
 
 import hashlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -34,7 +35,7 @@ def assign_splits(
     """
     groups: dict[str, list[str]] = defaultdict(list)
     names = sorted(set(patients))
-    who = _told_apart({patient: (persons or {}).get(patient) or patient for patient in names})
+    who = _told_apart({patient: same_spelling((persons or {}).get(patient) or patient) for patient in names})
     for patient in names:
         groups[who[patient]].append(patient)
     result: dict[str, Split] = {}
@@ -57,8 +58,14 @@ def assign_splits(
     return result
 
 
+def same_spelling(person: str) -> str:
+    """A person's id without case and with accents composed: lists typed by hand, and file systems, differ in both."""
+    return unicodedata.normalize("NFC", person).casefold().strip()
+
+
 def keyed_person(person: str, key: bytes) -> str:
     """A person's id as a keyed hash that `assign_splits` parts and joins as it did the id itself."""
+    person = same_spelling(person)
     collection, colon, number = person.partition(":")
     if not colon or collection not in SHARED_COLLECTIONS:
         return keyed_id(person, key)

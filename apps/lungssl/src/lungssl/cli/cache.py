@@ -106,10 +106,19 @@ def build(
         warned += bool(built.warnings)
         if built.outcome == "failed":
             failed.append(built.patient)
+    listed = {item.patient for item in sources}
+    more = sorted(path.stem for path in out.glob("*.h5") if path.stem not in listed)
+    if more:
+        print(
+            f"{len(more)} patients of earlier builds, whom {source.name} does not have, stay in {out}: "
+            f"{', '.join(more[:5])}{', ...' if len(more) > 5 else ''}; delete their files to take them out",
+            file=sys.stderr,
+        )
     if failed:
+        others = f"; the other {len(mine) - len(failed)} are in {out}" if len(failed) < len(mine) else ""
         raise DataError(
-            f"{len(failed)} of {len(mine)} patients failed, first {', '.join(failed[:5])}; "
-            f"the others are in {out}. Mend what the lines above name and run the same command again"
+            f"{len(failed)} of {len(mine)} patients failed, first {', '.join(failed[:5])}{others}. "
+            f"Mend what the lines above name and run the same command again"
         )
     look = f"; look at the {warned} with warnings" if warned else ""
     print(f"{len(mine)} patients in {out}{look}; check with `lungssl cache verify {out}`")

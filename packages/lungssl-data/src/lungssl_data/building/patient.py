@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lungssl_data.aeration_checks import airless, gas_ml, scan_warnings, swapped_phases
+from lungssl_data.building.duplicates import voxels_sha256
 from lungssl_data.building.hashes import HashStore
 from lungssl_data.building.naming import called, redacted
 from lungssl_data.building.plan import patient_in
@@ -93,13 +94,9 @@ def pair_from_source(
     config: PrepareConfig,
     split: Split,
     key: str = "",
-    source_sha256: Mapping[str, str] | None = None,
     threads: int = 1,
 ) -> PhasePair:
-    """Read and prepare one patient; ValueError (or a subclass) with the file's role for what can't be used.
-
-    `source_sha256` has the hash of each phase's image, where it is known already.
-    """
+    """Read and prepare one patient; ValueError (or a subclass) with the file's role for what can't be used."""
     if source.problem:
         raise CacheError(source.problem)
     side_by_side = threads > 1 and len(source.scans) > 1
@@ -107,7 +104,7 @@ def pair_from_source(
 
     def prepared(item: tuple[str, ScanSource]) -> tuple[str, PhaseScan, Geometry]:
         phase, scan = item
-        ready, geometry = _scan(phase, scan, config, (source_sha256 or {}).get(phase, ""), each)
+        ready, geometry = _scan(phase, scan, config, each)
         return phase, ready, geometry
 
     if side_by_side:
@@ -182,10 +179,7 @@ def _build(source: PairSource, split: Split, recipe: Recipe) -> Built:
     before = patient_in(recipe.folder, source.patient)
     if before is not None and before.key == key and before.split == split:
         return Built(patient=source.patient, outcome="unchanged", message=f"{'+'.join(before.phases())}, {split}")
-    images = {phase: recipe.hashes.of(scan.files()["image"]) for phase, scan in source.scans.items()}
-    pair = pair_from_source(
-        source, config=recipe.config, split=split, key=key, source_sha256=images, threads=recipe.threads
-    )
+    pair = pair_from_source(source, config=recipe.config, split=split, key=key, threads=recipe.threads)
     for phase in pair.phases():
         problem = airless(pair.scan(phase))
         if problem:
@@ -210,9 +204,7 @@ def _build(source: PairSource, split: Split, recipe: Recipe) -> Built:
     )
 
 
-def _scan(
-    phase: str, source: ScanSource, config: PrepareConfig, sha256: str, threads: int
-) -> tuple[PhaseScan, Geometry]:
+def _scan(phase: str, source: ScanSource, config: PrepareConfig, threads: int) -> tuple[PhaseScan, Geometry]:
     with called(f"{phase} image", source.image):
         volume = read_image(source)
 
@@ -228,7 +220,7 @@ def _scan(
         lung=labels("lung", source.lung, source.lung_codes, LUNG_CODES),
         lobes=labels("lobes", source.lobes, source.lobe_codes, LOBE_CODES),
         lesion=labels("lesion", source.lesion, source.lesion_codes, LESION_CODES),
-        source_sha256=sha256,
+        source_sha256=voxels_sha256(volume),
         threads=threads,
     )
     return scan, volume.geometry

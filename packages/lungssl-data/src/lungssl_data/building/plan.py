@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -36,6 +36,18 @@ def patient_in(folder: Path, patient: str) -> PatientRecord | None:
     except (CacheError, OSError, RuntimeError, KeyError, TypeError, AttributeError):  # what h5py raises for damage
         return None
     return record if record.patient == patient else None  # a copy of another patient's file is not this one's
+
+
+def check_case(sources: Sequence[PairSource], known: Iterable[str]) -> None:
+    """CacheError for an id that differs from one in the cache in case only: one file on disks that ignore case."""
+    there = {patient.lower(): patient for patient in known}
+    for source in sources:
+        other = there.get(source.patient.lower(), source.patient)
+        if other != source.patient:
+            raise CacheError(
+                f"patient {source.patient} ({source.place}) is {other} in the cache; write it alike if they are one "
+                f"patient, else rename one"
+            )
 
 
 def shard_of(sources: Sequence[PairSource], shard: tuple[int, int]) -> list[PairSource]:

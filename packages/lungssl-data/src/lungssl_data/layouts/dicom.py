@@ -3,11 +3,12 @@
 The phase comes from the headers (`readers.dicom_phase`). Where they say nothing, a patient's only scan is inhale, as
 chest CT is taken at inspiration; of two scans of one study, the one with clearly larger lungs is; and beside an
 exhale scan, the study's only unnamed scan is. Of several reconstructions the one with most slices is taken. What stays
-unclear is its patient's problem: a manifest can say which series is which. Patient ids are keyed hashes.
+unclear is its patient's problem: a manifest can say which series is which. What is left out is noted. Patient ids are
+keyed hashes; where several people have one, by name, birth date or sex, nobody's scans are taken for anybody's.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,10 @@ def read(root: Path) -> list[PairSource]:
         raise nothing_found(root, "DICOM files of CT series in any folders")
 
     def source_of(patient: str, own: list[CtSeries]) -> list[PairSource]:
-        return [PairSource(patient=patient, scans=chosen(own), dataset=dataset_name(root, ""))]
+        check_person(own)
+        scans = chosen(own)
+        notes = (*left_out(own, scans), *_unnamed(own))
+        return [PairSource(patient=patient, scans=scans, dataset=dataset_name(root, ""), notes=notes)]
 
     patients = by_patient(series).items()
     return [one for patient, own in patients for one in attempt(patient, source_of, patient, own)]
@@ -64,6 +68,40 @@ def by_patient(series: Sequence[CtSeries]) -> dict[str, list[CtSeries]]:
     for one in series:
         patients[one.patient].append(one)
     return dict(patients)
+
+
+def check_person(series: Sequence[CtSeries]) -> None:
+    """CacheError where one patient's series name several people, as exports do that give all the same PatientID."""
+    for place, what in enumerate(("names", "birth dates", "sexes")):
+        different = {one.person[place] for one in series} - {""}
+        if len(different) > 1:
+            raise CacheError(
+                f"its {len(series)} CT series have one PatientID and {len(different)} {what}; export each person with "
+                f"an id of their own, or, if this is one person, name the series in a manifest"
+            )
+
+
+def left_out(series: Sequence[CtSeries], scans: Mapping[Phase, ScanSource]) -> list[str]:
+    """What the pair leaves of a patient's series, in a sentence; phases of a 4D series between the ends aren't told."""
+    taken = {scan.slices for scan in scans.values()}
+    studies = {one.study for one in series if one.files in taken}
+    left = [one for one in series if one.files not in taken and (one.phase is not None or one.phase_percent is None)]
+    if not left:
+        return []
+    parts = [f"{len(left)} more CT series of this patient left out"]
+    others = sum(one.study not in studies for one in left)
+    parts += [f"{others} of other studies"] if others else []
+    problems = [one.problem for one in left if one.problem is not None]
+    parts += [f"{len(problems)} that can't be read (first: {problems[0]})"] if problems else []
+    return [", ".join(parts)]
+
+
+def _unnamed(series: Sequence[CtSeries]) -> list[str]:
+    if series[0].told_by != "study":
+        return []
+    return [
+        "the files name no patient, so this study counts as one: other studies of the person may be in other splits"
+    ]
 
 
 def chosen(series: Sequence[CtSeries]) -> dict[Phase, ScanSource]:

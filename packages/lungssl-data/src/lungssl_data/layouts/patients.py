@@ -1,13 +1,12 @@
 """What holds for the patients of every layout: ids that can be files' names, or say nothing, and paths to files."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lungssl_data.ids import keyed_id
 from lungssl_data.layouts.source import PairSource, attempt
 from lungssl_data.pair import PATIENT_PATTERN, CacheError
-from lungssl_data.splits import keyed_person
+from lungssl_data.splits import keyed_person, same_spelling
 
 
 def with_places(sources: Sequence[PairSource]) -> list[PairSource]:
@@ -29,15 +28,15 @@ def with_paths_checked(sources: Sequence[PairSource]) -> list[PairSource]:
 
 
 def with_keyed_ids(sources: Sequence[PairSource], key: bytes) -> list[PairSource]:
-    """The sources with keyed patient and person ids; equal ids stay equal, however their letters are composed.
+    """The sources with keyed patient and person ids; equal ids stay equal, however they are spelt.
 
     A problem gets the patient's place before it, as the id tells nobody any more whose it is.
     """
     return [
         replace(
             source,
-            patient=keyed_id(_composed(source.patient), key),
-            person=keyed_person(_composed(source.person), key) if source.person else "",
+            patient=keyed_id(same_spelling(source.patient), key),
+            person=keyed_person(source.person, key) if source.person else "",
             problem=_placed(source),
         )
         for source in sources
@@ -61,7 +60,10 @@ def check_ids(sources: Sequence[PairSource]) -> None:
             continue
         other = first[folded]
         if other.patient == source.patient:
-            raise CacheError(f"patient ids repeat: {_told(other)}, {_told(source)}; give each patient its own")
+            raise CacheError(
+                f"patient ids repeat: {_told(other)}, {_told(source)}; give each patient its own, neither case nor "
+                f"accents written apart make one"
+            )
         raise CacheError(
             f"patient ids differ in case only: {_told(other)}, {_told(source)}; they would be one file on disks that "
             f"ignore case: write them alike where they are one patient, else rename one"
@@ -76,8 +78,3 @@ def _placed(source: PairSource) -> str:
     if not source.problem or source.problem.startswith(f"{source.place}: "):
         return source.problem
     return f"{source.place}: {source.problem}"
-
-
-def _composed(text: str) -> str:
-    """File systems of macOS take letters and accents apart; the same name is the same patient everywhere."""
-    return unicodedata.normalize("NFC", text)

@@ -38,6 +38,7 @@ def read(root: Path) -> list[PairSource]:
 
 
 def _source(root: Path, patient: str, place: int, series: Sequence[CtSeries]) -> list[PairSource]:
+    dicom.check_person(series)
     return [
         PairSource(
             patient=f"{patient}-{place}",

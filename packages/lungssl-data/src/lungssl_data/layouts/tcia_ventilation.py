@@ -34,6 +34,7 @@ def read(root: Path) -> list[PairSource]:
 
 
 def _source(root: Path, patient: str, series: Sequence[CtSeries]) -> list[PairSource]:
+    dicom.check_person(series)
     return [
         PairSource(
             patient=patient,

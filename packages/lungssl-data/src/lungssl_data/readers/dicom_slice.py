@@ -1,7 +1,7 @@
 """One DICOM CT slice: the allowlisted elements, checked, and where its pixels lie (`domain.md` G1).
 
-Of identifying elements only those that tell slices apart are read (patient id, and the UIDs of study, series and frame
-of reference). They never enter a message, and leave the readers as keyed ids only.
+Of identifying elements only those that tell slices and people apart are read (patient id, name, birth date and sex, and
+the UIDs of study, series and frame of reference). They never enter a message, and leave the readers as keyed ids only.
 """
 
 import struct
@@ -23,6 +23,7 @@ UNIT_TOLERANCE = 1e-3
 """Of the lengths and the product of the row and column directions, written with 4 digits or more."""
 _IMAGE_TYPE, _SOP_CLASS, _MODALITY, _DESCRIPTION = 0x00080008, 0x00080016, 0x00080060, 0x0008103E
 _PATIENT, _STUDY, _SERIES, _FRAME = 0x00100020, 0x0020000D, 0x0020000E, 0x00200052
+_NAME, _BORN, _SEX = 0x00100010, 0x00100030, 0x00100040
 _POSITION_IDENTIFIER, _POSITION_INDEX, _PERCENTAGE = 0x00200100, 0x00209128, 0x00209245
 _SAMPLES, _PHOTOMETRIC, _FRAMES, _ROWS, _COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011
 _ALLOCATED, _STORED, _HIGH_BIT, _SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
@@ -49,6 +50,9 @@ WANTED = frozenset(
         _MODALITY,
         _DESCRIPTION,
         _PATIENT,
+        _NAME,
+        _BORN,
+        _SEX,
         _STUDY,
         _FRAME,
         _SAMPLES,
@@ -72,6 +76,8 @@ class Slice:
     series: str
     study: str
     patient: str
+    person: tuple[str, str, str]
+    """Name, birth date and sex, in one spelling; empty where not given."""
     frame: str
     mark: PhaseMark
     rows: int
@@ -104,6 +110,7 @@ class Refused:
     series: str
     study: str
     patient: str
+    person: tuple[str, str, str]
     frame: str
     problem: str
 
@@ -135,8 +142,7 @@ def read_slice(path: Path) -> Slice | Refused | Other | None:
     try:
         return _slice(path, elements)
     except VolumeError as error:
-        ids = {key: _text(elements, tag) for key, tag in _IDS.items()}
-        return Refused(path=path, problem=error.problem, **ids)
+        return Refused(path=path, problem=error.problem, person=_person(elements), **_ids(elements))
 
 
 def check_modality(series: str, others: Sequence[Other]) -> None:
@@ -146,7 +152,15 @@ def check_modality(series: str, others: Sequence[Other]) -> None:
         raise VolumeError(f"{strange} files of the series are not marked CT, others are; export the series again")
 
 
-_IDS = {"series": _SERIES, "study": _STUDY, "patient": _PATIENT, "frame": _FRAME}
+def _ids(elements: Elements) -> dict[str, str]:
+    tags = {"series": _SERIES, "study": _STUDY, "patient": _PATIENT, "frame": _FRAME}
+    return {key: _text(elements, tag) for key, tag in tags.items()}
+
+
+def _person(elements: Elements) -> tuple[str, str, str]:
+    """Archives differ in case, blanks and empty parts of a name, as in `DOE^JANE^^` (PS3.5 6.2, PN)."""
+    name = " ".join(_text(elements, _NAME).casefold().replace("^", " ").split())
+    return name, _text(elements, _BORN), _text(elements, _SEX).upper()
 
 
 def _is_other(elements: Elements) -> bool:
@@ -193,7 +207,8 @@ def _slice(path: Path, elements: Elements) -> Slice:
     assert elements.pixel_offset is not None
     return Slice(
         path=path,
-        **{key: _text(elements, tag) for key, tag in _IDS.items()},
+        **_ids(elements),
+        person=_person(elements),
         mark=_mark(elements),
         rows=rows,
         columns=columns,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lungssl_data.ids import keyed_id
 from lungssl_data.pair import Phase
@@ -22,7 +23,11 @@ class CtSeries:
     """One phase of one CT series."""
 
     patient: str
-    """Keyed id; of the study where the files name no patient."""
+    """Keyed id: of the PatientID, else of name and birth date, else of the study."""
+    told_by: Literal["id", "name", "study"]
+    """What `patient` is of."""
+    person: tuple[str, str, str]
+    """Keyed ids of name, birth date and sex; empty where not given."""
     study: str
     """Keyed id."""
     frame: str
@@ -84,7 +89,8 @@ def _read(path: Path) -> Slice | Refused | Other | None:
             raise VolumeError("is a damaged DICOM file; export the series again")
         return found
     except VolumeError as error:
-        return Refused(path=path, series="", study="", patient="", frame="", problem=f"a file {error.problem}")
+        empty = {"series": "", "study": "", "patient": "", "frame": "", "person": ("", "", "")}
+        return Refused(path=path, problem=f"a file {error.problem}", **empty)
 
 
 def _entries(members: Sequence[Slice | Refused], others: Sequence[Other], key: bytes) -> list[CtSeries]:
@@ -118,8 +124,11 @@ def _entry(
     problem: str | None = None,
 ) -> CtSeries:
     first = members[0]
+    patient, told_by = _patient(first)
     return CtSeries(
-        patient=keyed_id(first.patient or f"study {first.study or first.path}", key),
+        patient=keyed_id(patient, key),
+        told_by=told_by,
+        person=tuple(keyed_id(text, key, prefix="n") if text else "" for text in first.person),
         study=keyed_id(first.study, key, prefix="s"),
         frame=keyed_id(first.frame, key, prefix="f"),
         files=tuple(one.path for one in members),
@@ -130,3 +139,12 @@ def _entry(
         spacing_mm=spacing_mm,
         problem=problem,
     )
+
+
+def _patient(first: Slice | Refused) -> tuple[str, Literal["id", "name", "study"]]:
+    name, born, _ = first.person
+    if first.patient:
+        return first.patient, "id"
+    if name and born:
+        return f"name {name} born {born}", "name"
+    return f"study {first.study or first.path}", "study"
