@@ -19,12 +19,15 @@ def _config(**changes: object) -> Dino.Config:
 
 
 def _teacher_of(method: Dino) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in method.state_dict().items() if name.startswith("teacher_")}
+    return {name: value.clone() for name, value in method.state_dict().items() if "teacher" in name}
 
 
 def test_the_teacher_starts_as_a_copy_without_gradients(encoder: nn.Module) -> None:
     method = _config().build(encoder, total_steps=10)
-    for student, teacher in ((method.encoder, method.teacher_encoder), (method.head, method.teacher_head)):
+    for student, teacher in (
+        (method.encoder, method.teacher_encoder),
+        (method.summary.student, method.summary.teacher),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
         assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -36,7 +39,7 @@ def test_with_a_constant_student_the_teacher_follows_the_closed_form(encoder: nn
     method = _config(momentum=0.9).build(encoder, total_steps=6)
     start = _teacher_of(method)
     with torch.no_grad():
-        for parameter in [*method.encoder.parameters(), *method.head.parameters()]:
+        for parameter in [*method.encoder.parameters(), *method.summary.student.parameters()]:
             parameter.add_(torch.randn_like(parameter))
     batch, product = make_batch(2), 1.0
     for step in range(5):
@@ -53,12 +56,12 @@ def test_at_momentum_one_no_bit_of_the_teachers_parameters_moves(encoder: nn.Mod
     method = _config(momentum=1.0).build(encoder, total_steps=10)
     start = _teacher_of(method)
     with torch.no_grad():
-        method.head.prototypes.add_(1.0)
+        method.summary.student.prototypes.add_(1.0)
     method(make_batch(2), 0)
     method.after_optimizer_step(0)
     parameters = {f"teacher_encoder.{n}" for n, _ in method.teacher_encoder.named_parameters()}
     assert all(torch.equal(start[name], method.state_dict()[name]) for name in parameters)
-    assert torch.equal(start["teacher_head.prototypes"], method.teacher_head.prototypes)
+    assert torch.equal(start["summary.teacher.prototypes"], method.summary.teacher.prototypes)
 
 
 def test_the_teacher_averages_students_from_after_the_optimizers_step(
@@ -96,7 +99,7 @@ def test_the_centre_is_used_before_it_moves_and_moves_once_per_step(encoder: nn.
     batches = [make_batch(2, locals_per_slot=0), make_batch(5, locals_per_slot=0)]
     logits = []
     for batch in batches:
-        method.centre.fill_(0.01)
+        method.summary.centre.fill_(0.01)
         expected = method(batch, 0).loss
         again = method.eval()(batch, 0)
         method.train()
@@ -104,11 +107,11 @@ def test_the_centre_is_used_before_it_moves_and_moves_once_per_step(encoder: nn.
         assert again.metrics["teacher_temperature"].item() == pytest.approx(0.06)
         assert again.loss.item() != expected.item()
         embeddings = [method.teacher_encoder(view.image).embedding() for view in batch.views]
-        logits.append(method.teacher_head(torch.stack(embeddings), method.moments).flatten(0, 1))
-        assert torch.equal(method.centre, torch.full_like(method.centre, 0.01))
+        logits.append(method.summary.teacher(torch.stack(embeddings), method.summary.moments).flatten(0, 1))
+        assert torch.equal(method.summary.centre, torch.full_like(method.summary.centre, 0.01))
     method.after_optimizer_step(0)
     mean = torch.cat(logits).mean(0)  # over the accumulated micro-batches of 2 and 5 samples
-    torch.testing.assert_close(method.centre, 0.9 * 0.01 + 0.1 * mean)
+    torch.testing.assert_close(method.summary.centre, 0.9 * 0.01 + 0.1 * mean)
 
 
 def test_the_loss_is_that_of_its_parts_for_one_view_per_forward(encoder: nn.Module, make_batch: MakeBatch) -> None:
@@ -117,15 +120,15 @@ def test_the_loss_is_that_of_its_parts_for_one_view_per_forward(encoder: nn.Modu
     output = method(batch, 0)
 
     def logits(model: nn.Module, head: nn.Module, index: int) -> torch.Tensor:
-        return head(model(batch.views[index].image).embedding()[None], method.moments)[0]
+        return head(model(batch.views[index].image).embedding()[None], method.summary.moments)[0]
 
     terms = []
     for s, view in enumerate(batch.views):
         for t in range(2):
             if view.slot != batch.views[t].slot:
-                target = logits(method.teacher_encoder, method.teacher_head, t)
+                target = logits(method.teacher_encoder, method.summary.teacher, t)
                 probs = teacher_probs(target, torch.zeros(32), 0.04)
-                student = torch.log_softmax(logits(method.encoder, method.head, s) / 0.1, -1)
+                student = torch.log_softmax(logits(method.encoder, method.summary.student, s) / 0.1, -1)
                 terms.append(-(probs * student).sum(-1).mean())
     assert output.loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     assert output.metrics["loss_lnk"].item() == pytest.approx(output.loss.item() / math.log(32), rel=1e-6)
@@ -138,18 +141,18 @@ def test_loss_metrics_and_centre_are_those_of_the_logits_in_full(encoder: nn.Mod
     method.after_optimizer_step(0)  # from here on the centre is not 0
     output = method(batch, 5)
     output.loss.backward()
-    found = [parameter.grad for parameter in method.head.parameters()]
-    moved = method._logit_sum.clone()
+    found = [parameter.grad for parameter in method.summary.student.parameters()]
+    moved = method.summary._logit_sum.clone()
 
     def embeddings(model: nn.Module, views: int) -> torch.Tensor:
         return torch.stack([model(view.image).embedding() for view in batch.views[:views]])
 
     method.zero_grad()
     with torch.no_grad():
-        logits = method.teacher_head(embeddings(method.teacher_encoder, 2), method.moments)
-        probs = teacher_probs(logits, method.unbiased_centre(), method.teacher_temperature(5))
+        logits = method.summary.teacher(embeddings(method.teacher_encoder, 2), method.summary.moments)
+        probs = teacher_probs(logits, method.summary.unbiased_centre(), method.teacher_temperature(5))
     weight = pair_weight(batch, "all")
-    student = method.head(embeddings(method.encoder, len(batch.views)), method.moments)
+    student = method.summary.student(embeddings(method.encoder, len(batch.views)), method.summary.moments)
     loss = dino_loss(student, probs, weight, student_temperature=0.1)
     loss.backward()
     entropy = ((weight.sum(0) / weight.sum()) * teacher_entropy(probs)).sum()
@@ -158,7 +161,7 @@ def test_loss_metrics_and_centre_are_those_of_the_logits_in_full(encoder: nn.Mod
     assert output.metrics["teacher_entropy_lnk"].item() == pytest.approx(entropy.item() / ln_k, rel=1e-5)
     assert output.metrics["teacher_kl_lnk"].item() == pytest.approx((loss - entropy).item() / ln_k, rel=1e-5)
     torch.testing.assert_close(moved, logits.sum((0, 1)), rtol=1e-5, atol=1e-5)
-    for parameter, gradient in zip(method.head.parameters(), found, strict=True):
+    for parameter, gradient in zip(method.summary.student.parameters(), found, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -177,14 +180,14 @@ def test_frozen_prototypes_get_a_zero_gradient_and_then_a_real_one(encoder: nn.M
     for step, moves in ((0, False), (1, False), (2, True)):
         method.zero_grad()
         method(batch, step).loss.backward()
-        assert method.head.prototypes.grad is not None
-        assert bool((method.head.prototypes.grad != 0).any()) is moves
+        assert method.summary.student.prototypes.grad is not None
+        assert bool((method.summary.student.prototypes.grad != 0).any()) is moves
 
 
 def test_logits_are_cosines_in_float32_even_under_autocast(encoder: nn.Module, make_batch: MakeBatch) -> None:
     method = _config().build(encoder, total_steps=10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = method.head(torch.randn(2, 3, 12) * 100, method.moments)
+        logits = method.summary.student(torch.randn(2, 3, 12) * 100, method.summary.moments)
         loss = method(make_batch(2), 0).loss
     assert logits.dtype == loss.dtype == torch.float32
     assert logits.abs().max() <= 1 + 1e-6
@@ -192,10 +195,10 @@ def test_logits_are_cosines_in_float32_even_under_autocast(encoder: nn.Module, m
 
 def test_prototypes_count_by_direction_only(encoder: nn.Module) -> None:
     method = _config().build(encoder, total_steps=10)
-    head, embedding = method.head, torch.randn(1, 3, 12)
-    before = head(embedding, method.moments)
+    head, embedding = method.summary.student, torch.randn(1, 3, 12)
+    before = head(embedding, method.summary.moments)
     head.prototypes.data *= torch.rand(32, 1) + 0.5
-    torch.testing.assert_close(head(embedding, method.moments), before)
+    torch.testing.assert_close(head(embedding, method.summary.moments), before)
 
 
 def test_temperature_and_momentum_at_their_corners(encoder: nn.Module) -> None:
@@ -231,7 +234,7 @@ def test_a_run_resumed_from_its_state_continues_bit_for_bit(make_batch: MakeBatc
     second.load_state_dict(first.state_dict())
     train(second, 3, 6)
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
-    assert (whole.centre != 0).any()
+    assert (whole.summary.centre != 0).any()
 
 
 def test_exports_the_teacher(encoder: nn.Module) -> None:
@@ -268,3 +271,83 @@ def test_a_constant_encoder_shows_as_zero_spread(encoder: nn.Module, make_batch:
         method.encoder.get_parameter("norm.weight").zero_()
         method.encoder.get_parameter("norm.bias").fill_(1.0)
     assert method(make_batch(4), 0).metrics["embedding_std"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+# T5 in the method, and the other optional terms
+
+
+def test_ibots_term_is_that_of_the_hidden_tokens_alone(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(patch_weight=1.0, mask_unit_tokens=1).build(encoder, total_steps=10)
+    assert method.patches is not None
+    batch = make_batch(2, locals_per_slot=0)
+    torch.manual_seed(3)
+    output = method(batch, 5)
+    torch.manual_seed(3)
+    mask = method._mask(batch.global_views())
+    assert mask.any(dim=1).tolist().count(True) == 2  # half of 2 slots x 2 samples
+    image = torch.cat([view.image for view in batch.views])
+    with torch.no_grad():
+        student = method.patches.student(method.encoder(image, mask=mask).tokens, method.patches.moments)
+        logits = method.patches.teacher(method.teacher_encoder(image).tokens, method.patches.moments)
+        probs = teacher_probs(logits, method.patches.unbiased_centre(), method.teacher_temperature(5))
+        each = -(probs * torch.log_softmax(student / 0.1, -1)).sum(-1)
+        terms = torch.stack([each[row][mask[row]].mean() for row in range(4) if mask[row].any()])
+    assert output.metrics["patch_loss_lnk"].item() == pytest.approx(terms.mean().item() / math.log(32), rel=1e-5)
+    summary = output.metrics["loss_lnk"].item() * math.log(32)
+    assert output.loss.item() == pytest.approx(summary + terms.sum().item() / 4, rel=1e-5)
+
+
+def test_ibots_term_moves_its_own_head_and_centre(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(patch_weight=1.0, mask_unit_tokens=1).build(encoder, total_steps=10)
+    assert method.patches is not None
+    with (
+        torch.no_grad()
+    ):  # at its start of 0 the tiny encoder's hidden tokens are 0, and so is their cosine to anything
+        method.encoder.get_parameter("mask_token").normal_()
+    method(make_batch(2), 5).loss.backward()
+    assert method.patches.student.prototypes.grad is not None and method.patches.student.prototypes.grad.any()
+    assert method.encoder.get_parameter("mask_token").grad is not None
+    teacher = method.patches.teacher.prototypes.clone()
+    with torch.no_grad():
+        method.patches.student.prototypes.add_(1.0)
+    method.after_optimizer_step(0)
+    assert method.patches.centre.any() and not torch.equal(teacher, method.patches.teacher.prototypes)
+
+
+def test_sinkhorn_targets_share_the_prototypes_out_whatever_the_teacher_says(
+    encoder: nn.Module, make_batch: MakeBatch
+) -> None:
+    small = _config().build(encoder, total_steps=10, effective_batch=127)
+    large = _config().build(encoder, total_steps=10, effective_batch=128)
+    assert (small.summary.config.centering, large.summary.config.centering) == ("ema", "sinkhorn")
+    with torch.no_grad():  # a teacher that says the same of every crop
+        large.teacher_encoder.get_parameter("norm.weight").zero_()
+    entropy = large(make_batch(4), 0).metrics["teacher_entropy_lnk"].item()
+    assert entropy == pytest.approx(1.0, abs=1e-3)
+
+
+def test_koleo_counts_from_sixteen_patients_on(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(koleo_weight=0.1).build(encoder, total_steps=10)
+    assert "koleo" not in method(make_batch(15, locals_per_slot=0), 0).metrics
+    output = method(make_batch(16, locals_per_slot=0), 0)
+    summary = output.metrics["loss_lnk"].item() * math.log(32)
+    assert output.loss.item() == pytest.approx(summary + 0.1 * output.metrics["koleo"].item(), rel=1e-5)
+
+
+def test_gram_anchoring_begins_with_the_second_part_and_keeps_an_earlier_teacher(
+    encoder: nn.Module, make_batch: MakeBatch
+) -> None:
+    method = _config(gram_weight=2.0, gram_refresh=0.2, momentum=0.5).build(encoder, total_steps=10)
+    assert method.anchor is not None
+    with torch.no_grad():
+        method.encoder.get_parameter("embed.weight").add_(0.5)
+    for step in range(2):
+        assert "gram" not in method(make_batch(2), step).metrics
+        method.after_optimizer_step(step)
+    anchor = method.anchor.get_parameter("embed.weight").clone()
+    torch.testing.assert_close(anchor, method.teacher_encoder.get_parameter("embed.weight"))
+    output = method(make_batch(2), 2)
+    assert output.metrics["gram"] > 0
+    method.after_optimizer_step(2)
+    assert torch.equal(anchor, method.anchor.get_parameter("embed.weight"))
+    assert not torch.equal(anchor, method.teacher_encoder.get_parameter("embed.weight"))

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from torch import nn
 def test_every_method_keeps_the_contract(name: str, encoder: nn.Module, make_batch: Callable[..., PairBatch]) -> None:
     method = method_class(name).Config().build(encoder, total_steps=10, effective_batch=4, gather=LocalGather())
     assert isinstance(method, Method) and isinstance(method, nn.Module)
-    locals_per_slot = 0 if name == "mae" else 1
-    method.check_views(globals_per_slot=1, locals_per_slot=locals_per_slot)
-    output = method(make_batch(2, locals_per_slot=locals_per_slot, global_size=(16, 32, 32)), 0)
+    views = asdict(method.typical_views)
+    method.check_views(**views)
+    output = method(make_batch(2, **views, global_size=(16, 32, 32)), 0)
     assert isinstance(output, StepOutput)
     output.loss.backward()
     assert all(p.grad is not None for n, p in method.encoder.named_parameters() if n != "mask_token")
@@ -34,9 +35,8 @@ def test_every_method_trains_both_kinds_of_backbone(
     name: str, backbone: str, make_batch: Callable[..., PairBatch]
 ) -> None:
     method = method_class(name).Config().build(create_backbone(backbone), total_steps=4)
-    locals_per_slot = 0 if name == "mae" else 1
     sizes = {"global_size": (32, 16, 48), "local_size": (16, 16, 24)}
-    batch = make_batch(2, locals_per_slot=locals_per_slot, **sizes)
+    batch = make_batch(2, **asdict(method.typical_views), **sizes)
     for step in (2, 3):  # mae's first step moves only its last layer, which starts at 0
         method.zero_grad()
         method(batch, step).loss.backward()
@@ -56,7 +56,7 @@ def test_held_out_batches_move_no_state_and_repeat_exactly(
 ) -> None:
     method = method_class(name).Config().build(encoder, total_steps=10).eval()
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    batch = make_batch(2, locals_per_slot=0, global_size=(16, 32, 32))
+    batch = make_batch(2, **asdict(method.typical_views), global_size=(16, 32, 32))
     first, second = method(batch, 0).loss, method(batch, 9).loss
     assert first.item() == second.item()
     assert all((before[key] == value).all() for key, value in method.state_dict().items())

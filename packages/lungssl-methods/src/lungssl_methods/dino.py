@@ -1,35 +1,43 @@
 """DINO over paired scans: a student matches, across views, what a slow average of itself says of the whole crop.
 
-Source: Caron et al. 2021, https://arxiv.org/abs/2104.14294 (multi-crop, centring, sharpening, EMA teacher).
-Differs from it: which views are matched is a policy over slots (see `pairing`); what goes into the head's MLP and what
-comes out is standardised (see `moments`); the centre has no start-up bias and moves once per optimizer step, not per
-forward, so that accumulated micro-batches act as one batch; prototypes are fewer, for small batches.
+Source: Caron et al. 2021, https://arxiv.org/abs/2104.14294 (multi-crop, centring, sharpening, EMA teacher). Optional,
+off unless a weight says otherwise: iBOT's patch term (Zhou et al. 2022, https://arxiv.org/abs/2111.07832), KoLeo and
+Sinkhorn targets (DINOv2, https://arxiv.org/abs/2304.07193), Gram anchoring (DINOv3, https://arxiv.org/abs/2508.10104).
+Differs from them: which views are matched is a policy over slots (see `pairing`); what goes into the head's MLP and
+what comes out is standardised (see `moments`); the centre has no start-up bias and moves once per optimizer step, not
+per forward, so that accumulated micro-batches act as one batch; prototypes are fewer, for small batches.
 """
 
-import copy
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float
+from lungssl_backbones.encoder import Features, token_grid
 from lungssl_data.batch import PairBatch, StepOutput, View
-from lungssl_ops.ema import ema_update_
-from lungssl_ops.prototype_ce import centering_bias, mean_logits, prototype_cross_entropy
 from torch import Tensor, nn
 
-from lungssl_methods.losses import update_centre
-from lungssl_methods.method import Gather, LocalGather, checked_encoder
-from lungssl_methods.moments import RunningMoments
+from lungssl_methods.distillation import Centering, Distillation, DistillationConfig
+from lungssl_methods.masking import MASK_WIDTH_VOX, varied_block_masks
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, pair_weight, policy_weights, slot_pair_weight
+from lungssl_methods.regularisers import gram, koleo
 from lungssl_methods.schedules import auto_momentum, cosine_momentum, linear_warmup_then_constant
+from lungssl_methods.teacher import follow, slow_copy
+
+SINKHORN_FROM_ROWS = 256
+"""Teacher rows per step from which Sinkhorn's even shares say something (`ssl.md` B.1); below, the moving centre."""
+KOLEO_FROM_PATIENTS = 16
+"""Fewer distinct patients in a step are near neighbours of nobody (`ssl.md` B.1)."""
 
 
 class Dino(nn.Module):
     """Self-distillation of the crop's summary embedding. In `eval()`: the final teacher temperature, no state moves."""
 
-    centre: Float32[Tensor, " k"]
-    _logit_sum: Float32[Tensor, " k"]
+    typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=2)
+    needs_correspondences = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -50,12 +58,30 @@ class Dino(nn.Module):
         """At the first step and after warm-up; DINO found more than 0.07 unstable."""
         temperature_warmup: float = 0.3
         """Share of the run over which the teacher's temperature rises."""
+        centering: Centering | Literal["auto"] = "auto"
+        """What keeps targets from collapsing: "ema", a moving centre, or "sinkhorn", 3 iterations over the rows of a
+        forward. "auto": Sinkhorn from 256 teacher rows in a step on; it doesn't see accumulated micro-batches."""
         centre_momentum: float = 0.9
         """EMA momentum of the teacher logits' mean that is subtracted before sharpening (DINO's)."""
         momentum: float | None = None
         """The teacher's EMA momentum at step 0, rising to 1 over the run. None: `schedules.auto_momentum`."""
         freeze_prototypes: float = 0.02
         """Share of the run during which the prototypes don't move (DINO: the first epoch)."""
+        patch_weight: float = 0.0
+        """Weight of iBOT's term, over hidden tokens of the global views; 1 in iBOT and DINOv2."""
+        mask_share: float = 0.5
+        """Share of the global views in which tokens are hidden (DINOv2)."""
+        mask_ratio: tuple[float, float] = (0.2, 0.7)
+        """Share of tokens hidden in them (`ssl.md` B.1)."""
+        mask_unit_tokens: int | None = None
+        """Side of a hidden block in tokens. None: as many as make 16 voxels, at least 1."""
+        koleo_weight: float = 0.0
+        """Weight of the spread of the global views' embeddings, before the head; 0.1 in DINOv2. Counts only in batches
+        of 16 patients or more."""
+        gram_weight: float = 0.0
+        """Weight of Gram anchoring; 2 in DINOv3, for runs long enough that dense features decay."""
+        gram_refresh: float = 0.1
+        """Share of the run after which the anchor becomes the teacher of that time; it begins with the second part."""
 
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
@@ -74,33 +100,35 @@ class Dino(nn.Module):
         """Raises ValueError for a module that is no Encoder or an impossible pair policy."""
         super().__init__()
         policy_weights(config.pairs)
+        checked = checked_encoder(encoder)
         self.config = config
         self.total_steps = total_steps
-        self.gather = gather
         auto = auto_momentum(effective_batch=effective_batch, total_steps=total_steps)
         self.base_momentum = auto if config.momentum is None else config.momentum
+        self.stride_vox = checked.token_stride_vox
         self.encoder = encoder
-        self.head = _Head(checked_encoder(encoder).dim, config)
-        self.teacher_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
-        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False).eval()
-        self.embedding_moments = RunningMoments(self.teacher_head.dim, config.centre_momentum)
-        self.bottleneck_moments = RunningMoments(config.head_bottleneck, config.centre_momentum)
-        self.register_buffer("centre", torch.zeros(config.prototypes))
-        # Teacher logits summed since the last optimizer step, and their rows: none whenever a checkpoint is taken.
-        self.register_buffer("_logit_sum", torch.zeros(config.prototypes), persistent=False)
-        self._rows = 0
+        self.teacher_encoder = slow_copy(encoder)
+        centering = config.centering
+        if centering == "auto":
+            centering = "sinkhorn" if 2 * effective_batch >= SINKHORN_FROM_ROWS else "ema"
+        sizes = DistillationConfig(
+            prototypes=config.prototypes,
+            hidden=config.head_hidden,
+            bottleneck=config.head_bottleneck,
+            centering=centering,
+            centre_momentum=config.centre_momentum,
+        )
+        self.summary = Distillation(self.summary_dim(checked.dim), sizes, gather)
+        self.patches = Distillation(checked.dim, sizes, gather) if self.uses_tokens() else None
+        self.anchor = slow_copy(encoder) if config.gram_weight > 0 else None
 
     def train(self, mode: bool = True) -> "Dino":
         """The teacher always stays in evaluation mode: no dropped paths in its targets."""
         super().train(mode)
-        self.teacher_encoder.eval()
-        self.teacher_head.eval()
+        for module in (self.teacher_encoder, self.anchor):
+            if module is not None:
+                module.eval()
         return self
-
-    @property
-    def moments(self) -> tuple[RunningMoments, RunningMoments]:
-        """What standardises the input and the output of both heads' MLPs."""
-        return self.embedding_moments, self.bottleneck_moments
 
     def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
         """Raises ValueError where the pair policy finds no pair among so many views per slot."""
@@ -110,37 +138,32 @@ class Dino(nn.Module):
         slot_pair_weight(teachers + [0, 1] * locals_per_slot, teachers, self.config.pairs)
 
     def forward(self, batch: PairBatch, step: int) -> StepOutput:
-        """Loss in nats and, in units of ln k, the loss, the teacher's entropy and KL(teacher, student).
+        """Loss in nats and, in units of ln k, its summary term, the teacher's entropy and KL(teacher, student).
 
         The student has learned to match the teacher where the KL is small; with small loss and entropy near 0, or
         entropy near 1, it has collapsed. `embedding_std` is the spread of L2-normalised embeddings times sqrt(dim): 1
-        for directions all over the sphere, 0 where every crop looks the same.
+        for directions all over the sphere, 0 where every crop looks the same. `patch_loss_lnk` is iBOT's, per hidden
+        token.
         """
         config = self.config
         weight = pair_weight(batch, config.pairs)
-        embeddings = _encode(self.encoder, batch.views)
-        frozen = step < config.freeze_prototypes * self.total_steps
         temperature = self.teacher_temperature(step)
-        student = self.head.rows(embeddings, self.moments)
-        prototypes = self.head.directions(frozen=frozen)
+        views = batch.global_views()
+        mask = self._mask(views) if config.patch_weight > 0 else None
+        student = encode_views(self.encoder, batch.views, mask=mask)
         with torch.no_grad():
-            teacher_embeddings = _encode(self.teacher_encoder, batch.global_views())
-            teacher = self.teacher_head.rows(teacher_embeddings, self.moments, collect=self.training)
-            teacher_prototypes = self.teacher_head.directions()
-            bias = centering_bias(self.unbiased_centre(), temperature)
-            if self.training:
-                rows = teacher.shape[0] * teacher.shape[1]
-                self._logit_sum += rows * mean_logits(teacher, teacher_prototypes)
-                self._rows += rows
-        loss, teacher_entropy = prototype_cross_entropy(
-            student,
-            teacher,
-            prototypes,
-            teacher_prototypes,
+            teacher = encode_views(self.teacher_encoder, views)
+        embeddings = torch.stack([one.embedding() for one in student])
+        distil = {
+            "student_temperature": config.student_temperature,
+            "teacher_temperature": temperature,
+            "frozen": step < config.freeze_prototypes * self.total_steps,
+        }
+        loss, teacher_entropy = self.summary(
+            self.summary_part(embeddings),
+            self.summary_part(torch.stack([one.embedding() for one in teacher])),
             weight,
-            bias=bias,
-            student_temperature=config.student_temperature,
-            teacher_temperature=temperature,
+            **distil,
         )
         with torch.no_grad():
             teacher_share = weight.sum(dim=0) / weight.sum()
@@ -148,7 +171,6 @@ class Dino(nn.Module):
             ln_k = math.log(config.prototypes)
             directions = F.normalize(embeddings[: len(teacher)].float(), dim=-1).flatten(0, 1)
             metrics = {
-                "loss": loss.detach(),
                 "loss_lnk": loss.detach() / ln_k,
                 "teacher_entropy_lnk": entropy / ln_k,
                 "teacher_kl_lnk": (loss.detach() - entropy) / ln_k,
@@ -156,7 +178,44 @@ class Dino(nn.Module):
                 "ema_momentum": torch.tensor(self.momentum(step)),
                 "teacher_temperature": torch.tensor(temperature),
             }
-        return StepOutput(loss=loss, metrics=metrics)
+        total = loss
+        if mask is not None:
+            patch = self._patch_loss(student, teacher, mask, distil)
+            # As iBOT: averaged over all views, masked or not.
+            total = total + config.patch_weight * patch * mask.any(dim=1).float().mean()
+            metrics["patch_loss_lnk"] = patch.detach() / ln_k
+        if config.koleo_weight > 0 and len(batch.patient.unique()) >= KOLEO_FROM_PATIENTS:
+            spread = torch.stack([koleo(one, batch.patient) for one in embeddings[: len(teacher)]]).mean()
+            total = total + config.koleo_weight * spread
+            metrics["koleo"] = spread.detach()
+        if self.anchor is not None and step >= self._refresh_steps():
+            with torch.no_grad():
+                kept = encode_views(self.anchor, views)
+            drift = torch.stack([gram(a.tokens, b.tokens) for a, b in zip(student, kept, strict=False)]).mean()
+            total = total + config.gram_weight * drift
+            metrics["gram"] = drift.detach()
+        for name, (scale, term) in self.more_terms(batch, student, teacher, distil).items():
+            total = total + scale * term
+            metrics[name] = term.detach()
+        return StepOutput(loss=total, metrics={"loss": total.detach(), **metrics})
+
+    def summary_dim(self, dim: int) -> int:
+        """Width of what the summary's head is given, of the encoder's `dim`."""
+        return dim
+
+    def summary_part(self, embedding: Float[Tensor, "v b d"]) -> Float[Tensor, "v b e"]:
+        """What of the embedding is matched across views: all of it."""
+        return embedding
+
+    def uses_tokens(self) -> bool:
+        """Whether there is a head for tokens."""
+        return self.config.patch_weight > 0
+
+    def more_terms(
+        self, batch: PairBatch, student: list[Features], teacher: list[Features], distil: dict[str, float]
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Further terms by name, with their weights: none. `student` has all views, `teacher` the global ones."""
+        return {}
 
     def teacher_temperature(self, step: int) -> float:
         """Warms up in training; always final in `eval()`, so that held-out losses of different steps compare."""
@@ -166,104 +225,80 @@ class Dino(nn.Module):
         warmup_steps = round(self.config.temperature_warmup * self.total_steps)
         return linear_warmup_then_constant(step, start=start, end=end, warmup_steps=warmup_steps)
 
-    def unbiased_centre(self) -> Float32[Tensor, " k"]:
-        """The centre without its start-up bias towards 0, as Adam's averages: right from the first update on.
-
-        A centre that lags by tens of steps lets all crops of a short run fall onto the same few prototypes first.
-        """
-        return self.centre / self.embedding_moments.weight().float().clamp_min(1.0 - self.config.centre_momentum)
-
     def momentum(self, step: int) -> float:
         """The teacher's EMA momentum at a step."""
         return cosine_momentum(step, base=self.base_momentum, total_steps=self.total_steps)
 
     @torch.no_grad()
     def after_optimizer_step(self, step: int) -> None:
-        """Move the centre by the teacher logits of this step, then the teacher: parameters by EMA, buffers copied."""
-        assert self._rows > 0, "after_optimizer_step needs a forward in train() before it"
-        rows = torch.tensor(float(self._rows), device=self.centre.device)
-        momentum = self.config.centre_momentum
-        self.centre = update_centre(self.centre, self._logit_sum, rows, momentum=momentum, gather=self.gather)
-        for moments in self.moments:
-            moments.update(self.gather)
-        self._logit_sum.zero_()
-        self._rows = 0
-        pairs = ((self.teacher_encoder, self.encoder), (self.teacher_head, self.head))
-        teacher = [p for module, _ in pairs for p in module.parameters()]
-        student = [p for _, module in pairs for p in module.parameters()]
-        ema_update_(teacher, student, self.momentum(step))
-        for teacher_module, student_module in pairs:
-            for kept, moved in zip(teacher_module.buffers(), student_module.buffers(), strict=True):
-                kept.copy_(moved)
+        """Move the centres by the teacher logits of this step, then the teacher: parameters by EMA, buffers copied."""
+        heads = [head for head in (self.summary, self.patches) if head is not None]
+        for head in heads:
+            head.update()
+        follow(
+            [(self.teacher_encoder, self.encoder), *((head.teacher, head.student) for head in heads)],
+            self.momentum(step),
+        )
+        if self.anchor is not None and (step + 1) % self._refresh_steps() == 0:
+            self.anchor.load_state_dict(self.teacher_encoder.state_dict())
 
     def export_encoder(self) -> nn.Module:
         """The teacher's encoder: an average over steps, and the better one downstream (Caron et al. 2021, fig. 6)."""
         return self.teacher_encoder
 
+    def _refresh_steps(self) -> int:
+        return max(1, round(self.config.gram_refresh * self.total_steps))
 
-class _Head(nn.Module):
-    """Three-layer MLP between two standardisations, L2 normalisation, cosine to the prototypes.
-
-    Prototypes are normalised: DINO's weight norm with its gain frozen at 1 (`norm_last_layer`), so that |logit| <= 1.
-    """
-
-    def __init__(self, dim: int, config: Dino.Config) -> None:
-        super().__init__()
-        self.dim = dim
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, config.head_hidden),
-            nn.GELU(),
-            nn.Linear(config.head_hidden, config.head_hidden),
-            nn.GELU(),
-            nn.Linear(config.head_hidden, config.head_bottleneck),
+    def _mask(self, views: tuple[View, ...]) -> Bool[Tensor, "g n"]:
+        """Hidden tokens of all global views, which are of one size. Held out, always the same."""
+        z, y, x = views[0].image.shape[2:]
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        masks = varied_block_masks(
+            sum(len(view.image) for view in views),
+            token_grid((z, y, x), self.stride_vox),
+            ratio=self.config.mask_ratio,
+            share=self.config.mask_share,
+            unit=self.config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.stride_vox),
+            generator=generator,
         )
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.head_bottleneck))
+        return masks.to(views[0].image.device)
 
-    def rows(
-        self,
-        embedding: Float[Tensor, "v b d"],
-        moments: tuple[RunningMoments, RunningMoments],
-        *,
-        collect: bool = False,
-    ) -> Float32[Tensor, "v b bottleneck"]:
-        """What meets the prototypes; `moments` standardise the MLP's input and output, and count it if `collect`."""
-        before, after = moments
-        bottleneck = self.mlp(before(embedding))
-        if collect:
-            before.collect(embedding)
-            after.collect(bottleneck)
-        return F.normalize(after(bottleneck), dim=-1)
-
-    def directions(self, *, frozen: bool = False) -> Float32[Tensor, "k bottleneck"]:
-        """The prototypes, normalised."""
-        prototypes = self.prototypes
-        if frozen:
-            # A zero gradient, not none: distributed training waits for every parameter's gradient.
-            prototypes = prototypes.detach() + 0.0 * prototypes
-        return F.normalize(prototypes.float(), dim=-1)
-
-    def forward(
-        self, embedding: Float[Tensor, "v b d"], moments: tuple[RunningMoments, RunningMoments]
-    ) -> Float32[Tensor, "v b k"]:
-        """All logits at once, which the loss does without."""
-        rows = self.rows(embedding, moments)
-        # fp32: at temperature 0.04 rounding logits to bf16 moves probabilities by 2 %.
-        with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(rows, self.directions())
+    def _patch_loss(
+        self, student: list[Features], teacher: list[Features], mask: Bool[Tensor, "g n"], distil: dict[str, float]
+    ) -> Float[Tensor, ""]:
+        """Mean over masked views of the mean over their hidden tokens (Zhou et al. 2022, eq. 2)."""
+        assert self.patches is not None
+        hidden = [torch.cat([one.tokens for one in side[: len(teacher)]])[mask] for side in (student, teacher)]
+        weight = (1.0 / mask.sum(dim=1).clamp_min(1))[:, None].expand_as(mask)[mask]
+        loss, _ = self.patches(hidden[0][None], hidden[1][None], weight[None, None], **distil)
+        return loss
 
 
-def _encode(encoder: nn.Module, views: tuple[View, ...]) -> Float[Tensor, "v b d"]:
-    """Embeddings of views in their order; views of one size share a forward."""
-    sizes: dict[torch.Size, list[int]] = {}
+def encode_views(
+    encoder: nn.Module, views: tuple[View, ...], *, mask: Bool[Tensor, "g n"] | None = None
+) -> list[Features]:
+    """Features of each view, in their order; views of one size share a forward. `mask` hides tokens of global ones."""
+    sizes: dict[tuple[str, torch.Size], list[int]] = {}
     for index, view in enumerate(views):
-        sizes.setdefault(view.image.shape, []).append(index)
-    embeddings: list[Tensor] = [torch.empty(0)] * len(views)
-    for indices in sizes.values():
-        features = encoder(torch.cat([views[i].image for i in indices]))
-        for i, embedding in zip(indices, features.embedding().chunk(len(indices)), strict=True):
-            embeddings[i] = embedding
-    return torch.stack(embeddings)
+        kind = view.kind if mask is not None else "any"
+        sizes.setdefault((kind, view.image.shape), []).append(index)
+    found: dict[int, Features] = {}
+    for (kind, _), indices in sizes.items():
+        image = torch.cat([views[i].image for i in indices])
+        features = encoder(image, mask=mask) if kind == "global" else encoder(image)
+        for i, part in zip(indices, split_features(features, len(indices)), strict=True):
+            found[i] = part
+    return [found[index] for index in range(len(views))]
+
+
+def split_features(features: Features, count: int) -> list[Features]:
+    """Features of `count` views that were encoded together."""
+    tokens = features.tokens.chunk(count)
+    summaries = [None] * count if features.cls is None else features.cls.chunk(count)
+    pyramids = (
+        zip(*(level.chunk(count) for level in features.pyramid), strict=True) if features.pyramid else [()] * count
+    )
+    return [
+        Features(cls=cls, tokens=part, pyramid=tuple(pyramid), grid=features.grid, stride_mm=features.stride_mm)
+        for cls, part, pyramid in zip(summaries, tokens, pyramids, strict=True)
+    ]

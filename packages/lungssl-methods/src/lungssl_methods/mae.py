@@ -17,15 +17,15 @@ from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
 from lungssl_methods.losses import mae_loss
-from lungssl_methods.masking import random_block_masks, visible_indices
-from lungssl_methods.method import Gather, checked_encoder
-
-_MASK_WIDTH_VOX = 16
-"""Width of a masked block: MAE's 16 pixels, and the best of nnssl's 3-D ablation (`ssl.md` B.2)."""
+from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks, visible_indices
+from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
 
 class Mae(nn.Module):
     """Reconstructs hidden blocks of the global views of both slots. In `eval()` the masks are always the same."""
+
+    typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
+    needs_correspondences = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -64,7 +64,7 @@ class Mae(nn.Module):
         self.patch_vox = checked.token_stride_vox
         self.supports_keep = checked.supports_keep
         unit = config.mask_unit_tokens
-        self.unit_tokens = max(1, _MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
+        self.unit_tokens = max(1, MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
         width = config.decoder_width
         self.embed = nn.Linear(checked.dim, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)

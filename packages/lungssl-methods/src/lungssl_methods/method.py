@@ -1,13 +1,14 @@
 """What every self-supervised method offers the training loop, and how it meets other ranks."""
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from lungssl_backbones.encoder import Encoder
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
-__all__ = ["Gather", "LocalGather", "Method", "StepOutput", "checked_encoder"]
+__all__ = ["Gather", "LocalGather", "Method", "StepOutput", "ViewCounts", "checked_encoder"]
 
 
 @runtime_checkable
@@ -27,6 +28,14 @@ class LocalGather:
         return value
 
 
+@dataclass(frozen=True, kw_only=True)
+class ViewCounts:
+    """Views per slot and sample; the arguments of `check_views`."""
+
+    globals_per_slot: int
+    locals_per_slot: int
+
+
 @runtime_checkable
 class Method(Protocol):
     """An `nn.Module` that turns a batch into a loss.
@@ -36,6 +45,10 @@ class Method(Protocol):
     `state_dict()` holds changes, and losses of different steps are comparable.
     """
 
+    typical_views: ClassVar[ViewCounts]
+    """Views that the method's source has, or the fewest that it works with."""
+    needs_correspondences: ClassVar[bool]
+    """Whether crops must say where points of slot 0 are in slot 1 (`CropConfig.correspondences`)."""
     encoder: nn.Module
     """The encoder being trained."""
 
