@@ -195,7 +195,7 @@ def test_compiles_into_one_graph(backend: Backend) -> None:
 def test_wrong_arguments_are_named() -> None:
     features = torch.rand(1, 2, 2, 3, 4)
     with pytest.raises(
-        ValueError, match=r"same shape and type, got \(1, 2, 2, 3, 4\) torch.float32 and .* torch.float16"
+        ValueError, match=r"one shape and floating type, got \(1, 2, 2, 3, 4\) torch.float32 and .* torch.float16"
     ):
         cost_volume(features, features.half(), reach=1)
     with pytest.raises(ValueError, match="reach, smoothing and passes of 0 or more, got -1, 1 and 2"):
@@ -218,5 +218,5 @@ def test_two_fields_become_inverse_to_each_other() -> None:
     before = residual(forward, -0.6 * forward)
     assert before > 0.1
     assert residual(there, back) < 0.1 * before
-    with pytest.raises(ValueError, match=r"two fields of one shape and 0 or more iterations, got .* and -1"):
+    with pytest.raises(ValueError, match=r"of one shape and type and 0 or more iterations, got .* and -1"):
         inverse_consistent(forward, forward, iterations=-1)

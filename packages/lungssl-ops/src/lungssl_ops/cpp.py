@@ -3,8 +3,9 @@
 An op's source has `extern "C"` functions on raw pointers, sizes and a number of threads, and allocates nothing of size:
 its scratch memory comes as tensors, which torch counts. `cpp_problem(source)` says why it can't be had.
 
-Kernels share torch's OpenMP threads (the loader takes its libgomp.so.1 for theirs). After a fork they run on one thread
-only, which is what torch sets in a DataLoader's workers: libgomp's other threads stay behind in the parent.
+Kernels share torch's OpenMP threads (the loader takes its libgomp.so.1 for theirs). In a forked process they run on one
+thread only: libgomp's other threads stay behind in the parent, and waiting for them has no end (torch's own products
+hang there too, unless told to use one thread, as DataLoader's workers are).
 """
 
 import ctypes
@@ -24,6 +25,7 @@ from torch import Tensor
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 """Not -ffast-math: it would let the compiler assume that no voxel is NaN, and reorder compensated sums."""
 LONGEST_COMPILATION_S = 300
+_LOADED_IN = os.getpid()
 
 
 class CppError(RuntimeError):
@@ -76,8 +78,8 @@ class _Address(ctypes.c_void_p):
 
 
 def threads() -> ctypes.c_int:
-    """How many threads torch uses: a kernel takes as many."""
-    return ctypes.c_int(torch.get_num_threads())
+    """How many threads torch uses: a kernel takes as many, and one in a forked process."""
+    return ctypes.c_int(1 if os.getpid() != _LOADED_IN else torch.get_num_threads())
 
 
 def _compiler() -> list[str]:

@@ -94,9 +94,10 @@ def cost_volume(
 
     Raises ValueError for shapes or sizes that don't fit and RuntimeError for a forced backend that can't run.
     """
-    if fixed.shape != moving.shape or fixed.dtype != moving.dtype or fixed.numel() == 0:
+    alike = fixed.shape == moving.shape and fixed.dtype == moving.dtype
+    if not alike or fixed.numel() == 0 or fixed.ndim != 5 or not fixed.is_floating_point():
         raise ValueError(
-            f"cost_volume needs two non-empty feature volumes of the same shape and type, got "
+            f"cost_volume needs two non-empty feature volumes [b, c, z, y, x] of one shape and floating type, got "
             f"{tuple(fixed.shape)} {fixed.dtype} and {tuple(moving.shape)} {moving.dtype}; resample to one grid first"
         )
     if reach < 0 or smoothing < 0 or passes < 0:

@@ -15,12 +15,13 @@ def inverse_consistent(
     repeated beyond the border: the update of ConvexAdam's code, which takes zeros beyond the border. Plain torch, on
     any device: the grids are coarse. Differentiable.
 
-    Raises ValueError for fields of different shapes.
+    Raises ValueError for fields of different shapes or types.
     """
-    if forward.shape != backward.shape or iterations < 0:
+    alike = forward.shape == backward.shape and forward.dtype == backward.dtype
+    if not alike or forward.ndim != 5 or forward.shape[1] != 3 or iterations < 0:
         raise ValueError(
-            f"inverse_consistent needs two fields of one shape and 0 or more iterations, got {tuple(forward.shape)}, "
-            f"{tuple(backward.shape)} and {iterations}"
+            f"inverse_consistent needs two fields [b, 3, z, y, x] of one shape and type and 0 or more iterations, got "
+            f"{tuple(forward.shape)} {forward.dtype}, {tuple(backward.shape)} {backward.dtype} and {iterations}"
         )
     sizes = forward.shape[:1:-1]  # x y z
     axes = [torch.arange(size, device=forward.device, dtype=forward.dtype) for size in reversed(sizes)]

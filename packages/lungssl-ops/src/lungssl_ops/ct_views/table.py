@@ -43,7 +43,7 @@ class ViewTable:
     """Displacements in voxels of the volume, components (x, y, z), at n nodes along (z, y, x) from the first voxel of
     the view to its last; trilinear in between. 2 <= n <= 64. So a node's value is reached, its standard deviation is
     that of the displacement there, and a voxel depends on 8 nodes; a cubic B-spline would be smoother, but halves the
-    standard deviation and takes 64."""
+    standard deviation and takes 64. Where it is NaN, voxels lie outside of the volume."""
     window_hu: Float32[Tensor, "v 2"] | None = None
     """HU that become 0 and 1; HU_WINDOW if None."""
     shift_hu: Float32[Tensor, " v"] | None = None
@@ -129,6 +129,8 @@ def check_values(packed: Packed, n_volumes: int) -> None:
         (gamma > 0, "has a gamma that isn't positive", gamma),
         (noise >= 0, "has a negative noise_hu", noise),
     ]
+    if packed.lattice is not None:
+        rules.append((~packed.lattice.flatten(1).isinf().any(1), "has an infinite lattice", volume))
     for holds, problem, values in rules:
         if not holds.all():
             at = int((~holds).nonzero()[0])

@@ -11,7 +11,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in place; momentum 1 leaves every bit as it is.
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place.
+
+    Momentum 1 leaves every bit as it is, and 0 copies the student, whatever the other holds.
 
     Raises ValueError where the lists differ in length or in the shape of a pair, momentum is outside [0, 1], or a
     teacher tensor is in half precision: at momentum 0.996 and above a bf16 average stalls, because the update is
@@ -28,6 +30,9 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
     half = {p.dtype for p in teacher} & {torch.bfloat16, torch.float16}
     if half:
         raise ValueError(f"the teacher must be kept in float32, got {half.pop()}; call .float() on it")
-    if teacher:
+    if teacher and momentum < 1.0:
         matched = [s.to(t.dtype) for s, t in zip(student, teacher, strict=True)]
+        if momentum == 0.0:
+            torch._foreach_copy_(teacher, matched)  # pyright: ignore[reportPrivateImportUsage]
+            return
         torch._foreach_lerp_(teacher, matched, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]

@@ -22,6 +22,9 @@ from torch import Tensor
 from lungssl_ops.cpp import cpp_problem
 from lungssl_ops.dispatch import Backend, Dispatch, Implementation, compiled_problem, triton_problem
 
+MOST_WINDOW = 4095
+"""Voxels; no volume is so wide, and padding by half of it stays small."""
+
 _FLOATS = (torch.float32, torch.float64)
 SOURCE = Path(__file__).with_name("lncc.cpp")
 
@@ -66,8 +69,8 @@ def lncc(
 def _checked(
     fixed: Tensor, moving: Tensor, mask: Tensor | None, *, window: int, eps: float, borders: str, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if window < 3 or window % 2 == 0:
-        raise ValueError(f"lncc needs an odd window of at least 3 voxels, got {window}; take {max(3, window + 1)}")
+    if not isinstance(window, int) or not 3 <= window <= MOST_WINDOW or window % 2 == 0:
+        raise ValueError(f"lncc needs a whole, odd window of 3 to {MOST_WINDOW} voxels, got {window}; 9 is usual")
     if not 0 < eps < math.inf:
         raise ValueError(f"lncc needs a finite eps > 0, the variance that a constant window is given; got {eps}")
     if borders not in ("count", "zeros"):

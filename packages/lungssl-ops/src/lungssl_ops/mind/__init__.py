@@ -27,6 +27,8 @@ from lungssl_ops.dispatch import Backend, Dispatch, Implementation, triton_probl
 
 SOURCE = Path(__file__).with_name("mind.cpp")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_REACH = 2047
+"""Voxels; no volume is so wide that boxes further away would be inside."""
 _reference = Implementation(backend="reference", function="lungssl_ops.mind.reference:mind_ssc_reference")
 _dispatch = Dispatch(
     "mind_ssc",
@@ -69,10 +71,19 @@ def mind_ssc(
     LUNGSSL_OPS knows that case as `mind_ssc_with_gradient`.
     Repeats are bit-equal, with any number of threads. The device is never waited for.
 
-    Raises ValueError for sizes that aren't positive and RuntimeError for a forced backend that can't run.
+    Voxels must be finite: the variance is over the whole image, so that one NaN or infinite voxel spoils all of it.
+
+    Raises ValueError for shapes and sizes that don't fit, and RuntimeError for a forced backend that can't run.
     """
-    if radius < 0 or dilation < 1:
-        raise ValueError(f"mind_ssc needs radius >= 0 and dilation >= 1 voxel, got {radius} and {dilation}")
+    if not (0 <= radius <= MOST_REACH and 1 <= dilation <= MOST_REACH):
+        raise ValueError(
+            f"mind_ssc needs a radius from 0 and a dilation from 1 to {MOST_REACH} voxels, got {radius} and {dilation}"
+        )
+    if image.ndim != 5 or image.shape[1] != 1 or not image.is_floating_point():
+        raise ValueError(
+            f"mind_ssc got an image of shape {tuple(image.shape)}, {image.dtype}; expected [b, 1, z, y, x] of a "
+            f"floating type, as image.float()"
+        )
     if image.numel() == 0:
         raise ValueError(f"mind_ssc got an image of no voxels, shape {tuple(image.shape)}; every size must be positive")
     dtype = dtype or torch.promote_types(image.dtype, torch.float32)

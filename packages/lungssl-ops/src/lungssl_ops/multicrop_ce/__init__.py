@@ -28,8 +28,15 @@ def multicrop_cross_entropy(
     (checking would make the host wait for the device at every step). Half precision is computed in float32.
     Gradients go to `student_logits` only.
 
-    Raises ValueError where `teacher_probs` or `weight` require a gradient.
+    Raises ValueError where `teacher_probs` or `weight` require a gradient, or shapes don't fit.
     """
+    (s, b, k), t = student_logits.shape, len(teacher_probs)
+    if teacher_probs.shape != (t, b, k) or weight.shape not in ((s, t), (s, t, b)) or not b * t * s * k:
+        raise ValueError(
+            f"multicrop_cross_entropy got student_logits {tuple(student_logits.shape)}, teacher_probs "
+            f"{tuple(teacher_probs.shape)} and weight {tuple(weight.shape)}; expected [s, b, k], [t, b, k], and [s, t] "
+            f"or [s, t, b], none of size 0"
+        )
     if teacher_probs.requires_grad or weight.requires_grad:
         raise ValueError(
             "multicrop_cross_entropy differentiates student_logits only, but teacher_probs or weight require a "

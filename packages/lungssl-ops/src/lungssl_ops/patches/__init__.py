@@ -38,14 +38,18 @@ def masked_patch_mse(
     below `variance_floor` (in the target's unit squared) are raised to it: without one, patches of plain air divide
     scanner noise by next to nothing. So predicting 0 costs (p - 1) / p in patches above the floor, whatever they show.
 
-    `weight` 0 leaves a voxel out (padding). The weights under the mask must not all be zero: that gives NaN. Half
-    precision is computed in float32. Gradients go to `pred`, `target_patches` and `weight`.
+    `weight` 0 leaves a voxel out (padding). The weights under the mask must not all be zero: that gives NaN. Values
+    that don't count must still be finite, as 0 times NaN is NaN. Half precision is computed in float32. Gradients go
+    to `pred`, `target_patches` and `weight`.
 
     `backend`: "compiled" is `torch.compile` of "reference", 4 to 7 times faster on a CPU with a seventh of its memory,
     but its first call took 9 s and the first one at another size 3 s more (one thread of a shared EPYC, 13,824 patches
     of 512). "auto" takes it on GPUs; on a CPU, where a run may be over by then, ask for it, or set
-    LUNGSSL_OPS=masked_patch_mse=compiled. Raises RuntimeError where a backend that is asked for can't run.
+    LUNGSSL_OPS=masked_patch_mse=compiled. Raises RuntimeError where a backend that is asked for can't run, and
+    ValueError for an unknown norm.
     """
+    if norm not in ("patch", "none"):
+        raise ValueError(f"masked_patch_mse: norm {norm!r} is unknown; known are 'patch' and 'none'")
     implementation = _masked_patch_mse(pred, target_patches, mask, weight, backend=backend)
     return implementation(pred, target_patches, mask, weight, norm=norm, variance_floor=variance_floor)
 
@@ -61,7 +65,12 @@ def embed_patches(
     times as fast as F.conv3d, forward and backward (96^3, patches of 16 and 8, 384 wide, shortest times, one thread of
     a shared EPYC), with less memory; the copy into rows costs 8 bytes a voxel.
 
-    Raises ValueError where a side of the volume isn't a multiple of the kernel's.
+    Raises ValueError where a side of the volume isn't a multiple of the kernel's, or the channels differ.
     """
+    if volume.ndim != 5 or weight.ndim != 5 or volume.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embed_patches got a volume of shape {tuple(volume.shape)} and a weight of {tuple(weight.shape)}; "
+            f"expected [b, c, z, y, x] and [dim, c, pz, py, px] with the same c"
+        )
     _, _, pz, py, px = weight.shape
     return F.linear(patchify(volume, (pz, py, px)), weight.flatten(1), bias)

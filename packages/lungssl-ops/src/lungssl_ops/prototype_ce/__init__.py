@@ -20,6 +20,9 @@ from torch import Tensor
 from lungssl_ops.dispatch import Backend, Dispatch, Implementation, interpreting, triton_problem
 from lungssl_ops.prototype_ce.bias import all_reduce_logsumexp, centering_bias, sinkhorn_bias
 
+_OUT = -1e30
+"""A logit whose probability is 0, and 0 times which is still 0."""
+
 __all__ = [
     "PrototypeCrossEntropy",
     "all_reduce_logsumexp",
@@ -59,7 +62,8 @@ def prototype_cross_entropy(
     Its sum must be positive: all zeros give NaN (checking would make the host wait for the device at every step).
     iBOT is s = t = 1 with the masked tokens as samples and weights [1, 1, n]. Prototypes are used as they come:
     normalise them before (DINO's weight norm), so that the gradient goes through. `bias` is added to the teacher's
-    logits after their division by the temperature.
+    logits after their division by the temperature; -inf takes a prototype out. All rows must be finite, those without
+    weight too.
 
     Gradients, once, go to `student` and `student_prototypes` only. Computed in float32 (float64 for float64) whatever
     autocast says, because a temperature of 0.04 multiplies the logits' rounding by 25; products follow
@@ -96,7 +100,7 @@ def prototype_cross_entropy(
     loss, entropy = function(
         *operands,
         weight / weight.sum(),
-        bias=None if bias is None else bias.to(dtype),
+        bias=None if bias is None else bias.to(dtype).clamp_min(_OUT),
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
         tier=tier,
@@ -108,8 +112,14 @@ def prototype_cross_entropy(
 def mean_logits(rows: Float[Tensor, "*rows d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
     """Mean over rows of their logits rows @ prototypes.T: what DINO's centre averages. At the cost of one row.
 
-    Sums in float32 (float64 for float64), whatever autocast says. No rows give NaN, a mean of nothing.
+    Sums in float32 (float64 for float64), whatever autocast says. No rows give NaN, a mean of nothing. Raises
+    ValueError for shapes that don't fit.
     """
+    if rows.ndim < 2 or prototypes.ndim != 2 or rows.shape[-1] != prototypes.shape[-1]:
+        raise ValueError(
+            f"mean_logits got rows of shape {tuple(rows.shape)} and prototypes of {tuple(prototypes.shape)}; expected "
+            f"[..., d] with at least one axis before, and [k, d]"
+        )
     dtype = torch.promote_types(torch.promote_types(rows.dtype, prototypes.dtype), torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
         return torch.mv(prototypes.to(dtype), rows.flatten(0, -2).mean(dim=0, dtype=dtype))

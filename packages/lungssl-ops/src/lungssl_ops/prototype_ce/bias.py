@@ -52,8 +52,13 @@ def sinkhorn_bias(
     _check_temperature(temperature, "sinkhorn_bias")
     if iterations < 1:
         raise ValueError(f"sinkhorn_bias needs at least 1 iteration, got {iterations}; SwAV and DINOv2 take 3")
-    if teacher.shape[-1] != prototypes.shape[1]:
-        raise ValueError(f"sinkhorn_bias: rows have {teacher.shape[-1]} features and prototypes {prototypes.shape[1]}")
+    if prototypes.ndim != 2 or teacher.shape[-1:] != prototypes.shape[1:]:
+        raise ValueError(
+            f"sinkhorn_bias got rows of shape {tuple(teacher.shape)} and prototypes of {tuple(prototypes.shape)}; "
+            f"expected [..., d] and [k, d]"
+        )
+    if block_bytes < 1:
+        raise ValueError(f"sinkhorn_bias: block_bytes {block_bytes} leaves no room for logits; leave it out")
     rows = teacher.reshape(-1, teacher.shape[-1])
     if not len(rows) and over_ranks is None:
         raise ValueError("sinkhorn_bias needs at least 1 row, got none; without rows use bias=None")

@@ -124,7 +124,8 @@ def warp_loss_terms(
 
     The regularisers are those of `folding`, `diffusion` and `bending`, whose docstrings say which differences they
     take. `weight`, none below 0, says how much each voxel counts in them (a lung mask as 0 and 1); the warped image is
-    not weighted. A sample whose weights are all 0 has terms and gradients of 0. `spacing_mm` is (x, y, z).
+    not weighted. A sample whose weights are all 0 has terms and gradients of 0. Weights and
+    u must be finite everywhere; neither is checked, for which the host would wait. `spacing_mm` is (x, y, z).
 
     Raises ValueError where grids differ, the weight requires a gradient, the spacing isn't positive, or the padding is
     unknown.

@@ -34,8 +34,10 @@ def jacobian_determinant(u_vox: Float[Tensor, "b 3 z y x"]) -> Float[Tensor, "b 
 
     Differences are those of `numpy.gradient` (and so of VoxelMorph's and Learn2Reg's scores, which crop the border):
     central inside, one-sided at the border; 0 along an axis of one voxel. No spacing enters: a displacement in voxels
-    differentiated by voxels has the determinant of the same map in mm.
+    differentiated by voxels has the determinant of the same map in mm. Raises ValueError for another shape.
     """
+    if u_vox.ndim != 5 or u_vox.shape[1] != 3:
+        raise ValueError(f"jacobian_determinant got a field of shape {tuple(u_vox.shape)}; expected [b, 3, z, y, x]")
     rows = [[_gradient(u_vox[:, i], 3 - j) + float(i == j) for j in range(3)] for i in range(3)]
     return _determinant(rows)
 
@@ -54,10 +56,11 @@ def diffusion(
     weight: Float[Tensor, "b 1 z y x"] | None = None,
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Float[Tensor, " b"]:
-    """Weighted mean over voxels of |grad u|^2, all nine derivatives of u in mm by mm; `spacing_mm` is (x, y, z).
+    """Sum of |grad u|^2, all nine derivatives of u in mm by mm, over the weight of all voxels; `spacing_mm` (x, y, z).
 
     Differences are between neighbours, each weighted by the mean of the two voxels' weights. Central ones would let a
-    field that alternates from voxel to voxel go free.
+    field that alternates from voxel to voxel go free. An axis of n voxels has n - 1 of them: a field of one slope gives
+    (n - 1) / n of its square, summed over the axes.
     """
     weights = _ones(u_vox) if weight is None else weight
     total = torch.zeros_like(u_vox[:, 0, 0, 0, 0])
@@ -74,11 +77,11 @@ def bending(
     weight: Float[Tensor, "b 1 z y x"] | None = None,
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Float[Tensor, " b"]:
-    """Weighted mean over voxels of the bending energy of u in mm, in 1/mm^2; 0 for any affine map.
+    """Sum of the bending energy of u in mm over the weight of all voxels, in 1/mm^2; 0 for any affine map.
 
     Rueckert et al. 1999, doi:10.1109/42.796284, eq. 4: squares of the second derivatives, mixed ones twice. Those along
     one axis are [1, -2, 1] at voxels that have both neighbours; mixed ones are differences of differences over squares
-    of 2 x 2 voxels, with the mean of the four weights.
+    of 2 x 2 voxels, with the mean of the four weights. So a field of one curvature gives a little less on a small grid.
     """
     weights = _ones(u_vox) if weight is None else weight
     u_mm = u_vox * _component_scale(u_vox, spacing_mm)
