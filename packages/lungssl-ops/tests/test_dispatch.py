@@ -1,3 +1,4 @@
+import importlib
 import logging
 import os
 import subprocess
@@ -8,7 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from lungssl_ops import dispatch
-from lungssl_ops.dispatch import Dispatch, Implementation, triton_problem
+from lungssl_ops.dispatch import _KNOWN, OPS, Dispatch, Implementation, triton_problem
+from lungssl_ops.lncc import lncc
 from torch import Tensor
 
 
@@ -157,3 +159,14 @@ def test_without_a_gpu_triton_cannot_be_forced() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "RuntimeError: sums: backend 'triton' was asked for and can't run: t" in done.stderr.splitlines()[-1]
+
+
+def test_a_misspelt_op_in_the_environment_is_named_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cost_volume", "ct_views", "lncc", "mind", "patches", "prototype_ce", "warp"):
+        importlib.import_module(f"lungssl_ops.{module}")
+    ours = {d.op for d in _KNOWN.values() if d.implementations[0].function.startswith("lungssl_ops.")}
+    assert ours == set(OPS)
+    monkeypatch.setenv("LUNGSSL_OPS", "lnnc=reference")
+    image = torch.zeros(1, 1, 3, 3, 3)
+    with pytest.raises(ValueError, match="LUNGSSL_OPS names lnnc, which is no op; known are cost_volume, .*, lncc"):
+        lncc(image, image)

@@ -21,6 +21,23 @@ from torch import Tensor
 
 Backend = Literal["auto", "triton", "cpp", "torch", "compiled", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+OPS = (
+    "cost_volume",
+    "cost_volume_with_gradient",
+    "coupled_convex",
+    "ct_views",
+    "ct_views_float64",
+    "lncc",
+    "mask_views",
+    "masked_patch_mse",
+    "mind_ssc",
+    "mind_ssc_with_gradient",
+    "prototype_ce",
+    "view_coords_mm",
+    "warp",
+    "warp_terms",
+)
+"""Names that LUNGSSL_OPS may have, whether their modules are imported or not."""
 _log = logging.getLogger("lungssl_ops")
 
 
@@ -129,6 +146,9 @@ def _forced_by_environment(op: str) -> str:
     """The backend that LUNGSSL_OPS asks for: of `op=backend` words the op's own, else a word without `=`."""
     words = [word.strip() for word in os.environ.get("LUNGSSL_OPS", "").split(",") if word.strip()]
     chosen = {word.rpartition("=")[0]: word.rpartition("=")[2] for word in words}
+    unknown = sorted(chosen.keys() - {"", *OPS, *(dispatch.op for dispatch in _KNOWN.values())})
+    if unknown:
+        raise ValueError(f"LUNGSSL_OPS names {', '.join(unknown)}, which is no op; known are {', '.join(OPS)}")
     return chosen.get(op, chosen.get("", "auto"))
 
 
