@@ -75,9 +75,12 @@ def convolutional_encoder() -> TinyEncoder:
 @pytest.fixture
 def make_batch() -> MakeBatch:
     def view(b: int, size: tuple[int, int, int], slot: Literal[0, 1], kind: Literal["global", "local"]) -> View:
+        place = torch.meshgrid(*(2.0 * torch.arange(side) for side in size), indexing="ij")
+        coords_mm = torch.stack(place[::-1]) + torch.rand(b, 3, 1, 1, 1)  # 2 mm voxels, each view a little elsewhere
         return View(
             image=torch.rand(b, 1, *size),
-            coords_mm=torch.randn(b, 3, *size),
+            coords_mm=coords_mm,
+            partner_mm=coords_mm + 1.0 if slot == 0 else None,
             valid=torch.ones(b, *size, dtype=torch.bool),
             lung=torch.rand(b, *size) < 0.5,
             slot=slot,

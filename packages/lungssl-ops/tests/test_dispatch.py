@@ -168,5 +168,5 @@ def test_a_misspelt_op_in_the_environment_is_named_with_the_known_ones(monkeypat
     assert ours == set(OPS)
     monkeypatch.setenv("LUNGSSL_OPS", "lnnc=reference")
     image = torch.zeros(1, 1, 3, 3, 3)
-    with pytest.raises(ValueError, match="LUNGSSL_OPS names lnnc, which is no op; known are cost_volume, .*, lncc"):
+    with pytest.raises(ValueError, match=r"LUNGSSL_OPS names lnnc, which is no op; known are cost_volume, .*, lncc"):
         lncc(image, image)

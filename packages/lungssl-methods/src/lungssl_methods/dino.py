@@ -10,7 +10,7 @@ per forward, so that accumulated micro-batches act as one batch; prototypes are 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,14 @@ SINKHORN_FROM_ROWS = 256
 """Teacher rows per step from which Sinkhorn's even shares say something (`ssl.md` B.1); below, the moving centre."""
 KOLEO_FROM_PATIENTS = 16
 """Fewer distinct patients in a step are near neighbours of nobody (`ssl.md` B.1)."""
+
+
+class Distil(TypedDict):
+    """What all cross-entropies of a step have in common."""
+
+    student_temperature: float
+    teacher_temperature: float
+    frozen: bool
 
 
 class Dino(nn.Module):
@@ -111,15 +119,15 @@ class Dino(nn.Module):
         centering = config.centering
         if centering == "auto":
             centering = "sinkhorn" if 2 * effective_batch >= SINKHORN_FROM_ROWS else "ema"
-        sizes = DistillationConfig(
+        self.head_config = DistillationConfig(
             prototypes=config.prototypes,
             hidden=config.head_hidden,
             bottleneck=config.head_bottleneck,
             centering=centering,
             centre_momentum=config.centre_momentum,
         )
-        self.summary = Distillation(self.summary_dim(checked.dim), sizes, gather)
-        self.patches = Distillation(checked.dim, sizes, gather) if self.uses_tokens() else None
+        self.summary = Distillation(self.summary_dim(checked.dim), self.head_config, gather)
+        self.patches = Distillation(checked.dim, self.head_config, gather) if config.patch_weight > 0 else None
         self.anchor = slow_copy(encoder) if config.gram_weight > 0 else None
 
     def train(self, mode: bool = True) -> "Dino":
@@ -154,7 +162,7 @@ class Dino(nn.Module):
         with torch.no_grad():
             teacher = encode_views(self.teacher_encoder, views)
         embeddings = torch.stack([one.embedding() for one in student])
-        distil = {
+        distil: Distil = {
             "student_temperature": config.student_temperature,
             "teacher_temperature": temperature,
             "frozen": step < config.freeze_prototypes * self.total_steps,
@@ -207,12 +215,12 @@ class Dino(nn.Module):
         """What of the embedding is matched across views: all of it."""
         return embedding
 
-    def uses_tokens(self) -> bool:
-        """Whether there is a head for tokens."""
-        return self.config.patch_weight > 0
+    def heads(self) -> list[Distillation]:
+        """All pairs of heads, whose teachers and centres move after the optimizer's step."""
+        return [self.summary] if self.patches is None else [self.summary, self.patches]
 
     def more_terms(
-        self, batch: PairBatch, student: list[Features], teacher: list[Features], distil: dict[str, float]
+        self, batch: PairBatch, student: list[Features], teacher: list[Features], distil: Distil
     ) -> dict[str, tuple[float, Tensor]]:
         """Further terms by name, with their weights: none. `student` has all views, `teacher` the global ones."""
         return {}
@@ -232,7 +240,7 @@ class Dino(nn.Module):
     @torch.no_grad()
     def after_optimizer_step(self, step: int) -> None:
         """Move the centres by the teacher logits of this step, then the teacher: parameters by EMA, buffers copied."""
-        heads = [head for head in (self.summary, self.patches) if head is not None]
+        heads = self.heads()
         for head in heads:
             head.update()
         follow(
@@ -264,7 +272,7 @@ class Dino(nn.Module):
         return masks.to(views[0].image.device)
 
     def _patch_loss(
-        self, student: list[Features], teacher: list[Features], mask: Bool[Tensor, "g n"], distil: dict[str, float]
+        self, student: list[Features], teacher: list[Features], mask: Bool[Tensor, "g n"], distil: Distil
     ) -> Float[Tensor, ""]:
         """Mean over masked views of the mean over their hidden tokens (Zhou et al. 2022, eq. 2)."""
         assert self.patches is not None

@@ -132,21 +132,24 @@ class Distillation(nn.Module):
         student_temperature: float,
         teacher_temperature: float,
         frozen: bool = False,
+        count: bool = True,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "t b"]]:
         """Weighted mean cross-entropy of embeddings, and the teacher's entropy of each row, in nats.
 
-        In `train()` the teacher's rows count towards the next `update`. `frozen` prototypes get no gradient.
+        In `train()` the teacher's rows count towards the next `update`, unless `count` is false. `frozen` prototypes
+        get a gradient of 0.
         """
         rows = self.student.rows(student, self.moments)
         directions = self.student.directions(frozen=frozen)
+        counted = count and self.training
         with torch.no_grad():
-            targets = self.teacher.rows(teacher, self.moments, collect=self.training)
+            targets = self.teacher.rows(teacher, self.moments, collect=counted)
             prototypes = self.teacher.directions()
             bias = self._bias(targets, prototypes, teacher_temperature)
-            if self.training:
-                count = targets.shape[0] * targets.shape[1]
-                self._logit_sum += count * mean_logits(targets, prototypes)
-                self._rows += count
+            if counted:
+                number = targets.shape[0] * targets.shape[1]
+                self._logit_sum += number * mean_logits(targets, prototypes)
+                self._rows += number
         loss, entropy = prototype_cross_entropy(
             rows,
             targets,
@@ -168,7 +171,10 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Once per optimizer step: move centre and moments by the teacher's rows since the last one, of all ranks."""
+        """Once per optimizer step: move centre and moments by the teacher's rows since the last one, of all ranks.
+
+        Without a row they stay.
+        """
         rows = torch.tensor(float(self._rows), device=self.centre.device)
         momentum = self.config.centre_momentum
         self.centre = update_centre(self.centre, self._logit_sum, rows, momentum=momentum, gather=self.gather)

@@ -46,10 +46,11 @@ def update_centre(
     """The centre after one step: momentum * centre + (1 - momentum) * mean teacher logits over all ranks' rows.
 
     Takes the sum and number of rows, so that ranks and accumulated micro-batches of unequal size weigh as they should.
-    From 0, n steps of constant logits c give (1 - momentum^n) c.
+    From 0, n steps of constant logits c give (1 - momentum^n) c. Without a row the centre stays.
     """
     total = gather.sum(torch.cat([logit_sum, count[None]]))
-    return torch.lerp(centre, total[:-1] / total[-1], 1.0 - momentum)
+    share = (1.0 - momentum) * (total[-1] > 0).to(total)
+    return torch.lerp(centre, total[:-1] / total[-1].clamp_min(1.0), share)
 
 
 def teacher_entropy(probs: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows"]:

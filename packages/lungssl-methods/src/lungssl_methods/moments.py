@@ -34,9 +34,10 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, gather: Gather) -> None:
-        """Once per optimizer step: move by the rows collected since the last one, over all ranks."""
+        """Once per optimizer step: move by the rows collected since the last one, over all ranks; without one, stay."""
         pending = gather.sum(self._pending)
-        self.total.lerp_(pending / pending[0], 1.0 - self.momentum)
+        share = (1.0 - self.momentum) * (pending[0] > 0).to(pending)
+        self.total.lerp_(pending / pending[0].clamp_min(1.0), share)
         self._pending.zero_()
 
     def weight(self) -> Float64[Tensor, ""]:
