@@ -169,7 +169,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     assert main(["pretrain", "mae_resenc_tiny", "--data", str(cache), "--dry-run", *RECIPES["mae_resenc_tiny"]]) == 0
     text = capsys.readouterr().out
-    for part in ("3 training patients, 1 held out (val)", "M trained parameters", "peak memory", "6 steps"):
+    for part in ("3 training patients, 1 held out (val)", "M trained parameters", "peak memory", "6 steps", "GFLOP a step"):
         assert part in text
     assert list(tmp_path.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before

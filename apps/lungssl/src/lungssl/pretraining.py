@@ -91,6 +91,8 @@ def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pr
     train = recipe.train
     torch.manual_seed(micro_seed(recipe.seed, _BUILD))
     encoder, method = build_method(recipe)
+    if getattr(method, "needs_correspondences", False):  # the method decides it, as the data decides the spacing
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, correspondences=True))
     if train.compile:
         for module in method.modules():  # a teacher's encoder, too
             if type(module) is type(encoder):
@@ -240,7 +242,23 @@ def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
     stored = sum(value.numel() * value.element_size() for value in parts.method.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in parts.method.parameters() if p.requires_grad)
     disk = f"checkpoints    {train.keep_checkpoints} of {(stored + moments) / 2**20:.0f} MiB"
-    return "\n".join([parts.describe(), disk, *cost.lines(train, where)])
+    return "\n".join([parts.describe(), disk, *_budget_lines(parts), *cost.lines(train, where)])
+
+
+def _budget_lines(parts: Pretraining) -> list[str]:
+    """What a step and the run cost, whatever machine they run on."""
+    from lungssl_methods.budget import step_budget
+
+    train = parts.recipe.train
+    with autocast(parts.device, train.precision):
+        one = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=train.steps - 1)
+    teacher = f" and {one.images_teacher} of its teacher" if one.images_teacher else ""
+    through = f"{one.images_student} crops of the encoder{teacher}, {one.tokens_student + one.tokens_teacher:,} tokens"
+    total = one.flops * train.accumulate
+    return [
+        f"a micro-batch  {one.patients} patients, {through}",
+        f"compute        {total / 1e9:,.1f} GFLOP a step, {total * train.steps / 1e15:,.3g} PFLOP the run",
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,6 +180,12 @@ class Distillation(nn.Module):
         self.centre = update_centre(self.centre, self._logit_sum, rows, momentum=momentum, gather=self.gather)
         for moments in self.moments:
             moments.update(self.gather)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was counted since the last update."""
+        for moments in self.moments:
+            moments.forget()
         self._logit_sum.zero_()
         self._rows = 0
 

@@ -38,6 +38,10 @@ class RunningMoments(nn.Module):
         pending = gather.sum(self._pending)
         share = (1.0 - self.momentum) * (pending[0] > 0).to(pending)
         self.total.lerp_(pending / pending[0].clamp_min(1.0), share)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the rows collected since the last update."""
         self._pending.zero_()
 
     def weight(self) -> Float64[Tensor, ""]:
