@@ -6,6 +6,7 @@ import importlib
 METHODS: dict[str, str] = {
     "dino": "lungssl_methods.dino:Dino",
     "mae": "lungssl_methods.mae:Mae",
+    "phase_dino": "lungssl_methods.phase_dino:PhaseDino",
 }
 """Name -> "module:Class"; the class has a `Config` whose `build(encoder, total_steps=...)` makes the method."""
 

@@ -1,9 +1,10 @@
-"""Auxiliary losses: what one token of the exhale scan says of how its place ventilates, checked against inhale.
+"""Auxiliary losses of two phases: what a token of the exhale scan says of the air that its place takes in.
 
-`ssl.md` C4 (mass: the density-implied log-Jacobian) and C5 (recruitment). A head predicts from the token alone, never
-from the inhale scan, so that the features must carry it. Targets are read off the views' images: intensity
-augmentation that differs between the slots is noise in them, and per-volume scaling would make them meaningless.
+`ssl.md` C4 and C5: small heads on the student's tokens, to be weighted about 0.1 beside a method's own loss. Targets
+are read from both scans at corresponding places; the head sees the exhale token alone ("ventilation from one phase").
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,106 +13,126 @@ from lungssl_backbones.encoder import Features
 from lungssl_data.batch import PairBatch, View
 from torch import Tensor, nn
 
-from lungssl_methods.correspondence import check_correspondences, token_matches
-from lungssl_methods.physics import TokenTarget, image_to_hu, mass_target, recruitment_target
+from lungssl_methods.correspondence import token_matches, token_mean
+from lungssl_methods.physics import NON_AERATED_HU, log_jacobian_from_density, tissue_fraction, to_hu
 
-ROBUST_FROM = 0.1
-"""Errors above it count linearly (smooth-L1's beta): 10 % of volume, 10 % of non-aerated lung, 100 HU. Twice the
-5 % by which blood volume and registration disturb a token's mass balance."""
+LEAST_LUNG = 0.5
+"""Share of lung in a token from which its mean says something of lung."""
 
 
-class TokenHead(nn.Module):
-    """A linear prediction from each layer-normed token of slot 0's global views; a subclass says of what."""
+@dataclass(frozen=True, kw_only=True)
+class TokenAir:
+    """Means over the lung voxels of each token of a view."""
 
-    name: str
-    outputs: int
+    fraction: Float[Tensor, "b n"]
+    """Tissue fraction."""
+    non_aerated: Float[Tensor, "b n"]
+    """Share of voxels above -100 HU."""
+    lung: Float[Tensor, "b n"]
+    """Share of the token that is measured lung."""
 
-    def __init__(self, dim: int, *, stride_vox: int, sigma_mm: float | None = None) -> None:
-        """`dim`: width of the tokens. `sigma_mm`: as of `token_matches`; None: half the distance of tokens."""
+
+def token_air(view: View, stride_vox: int) -> TokenAir:
+    """How much tissue each token's lung holds; of no meaning where `lung` is 0."""
+    hu = to_hu(view.image)
+    inside = (view.lung & view.valid)[:, None].float()
+    lung = token_mean(inside, stride_vox)[..., 0]
+    per_lung = 1.0 / lung.clamp_min(1e-6)
+    return TokenAir(
+        fraction=token_mean(tissue_fraction(hu) * inside, stride_vox)[..., 0] * per_lung,
+        non_aerated=token_mean((hu > NON_AERATED_HU) * inside, stride_vox)[..., 0] * per_lung,
+        lung=lung,
+    )
+
+
+class _PhaseHead(nn.Module):
+    """Norm, two layers, `outputs` numbers per token of slot 0, matched against targets from both slots.
+
+    The last layer starts at 0, so that the first loss is that of predicting no change.
+    """
+
+    def __init__(self, dim: int, *, stride_vox: int, outputs: int) -> None:
         super().__init__()
         self.stride_vox = stride_vox
-        self.sigma_mm = sigma_mm
-        self.predict = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.outputs))
+        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs))
+        nn.init.zeros_(self.net[-1].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.net[-1].bias)  # pyright: ignore[reportArgumentType]
 
-    def target(self, exhale: View, inhale: View, match: Float[Tensor, "b n m"]) -> TokenTarget:
-        """What the tokens of `exhale` are to predict."""
+    def targets(self, exhale: TokenAir, inhale: TokenAir) -> Float[Tensor, "b n outputs"]:
+        """What is predicted, of tokens at the same places."""
         raise NotImplementedError
 
-    def forward(
-        self, batch: PairBatch, student: list[Features]
-    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Lung-weighted mean smooth-L1, and metrics; `student` has the features of `batch.views`, in their order.
+    def forward(self, batch: PairBatch, student: list[Features]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Smooth L1 over tokens with lung on both sides, and its ratio to predicting no change; 0 without any.
 
-        `*_vs_mean` is the ratio to predicting the batch's mean everywhere: 1 where nothing regional is learned.
-        `*_known_share` is the weight of a mean token. Samples of one phase count for nothing; where no place is
-        known the loss and its gradient are 0. Raises ValueError where the crops were read without correspondences.
+        `student` has the features of all the batch's views; samples of one phase count for nothing.
         """
-        check_correspondences(batch, self.name)
-        pairs = [
-            (i, view, other)
-            for i, view in enumerate(batch.views)
-            for other in batch.views
-            if (view.slot, other.slot) == (0, 1) and view.kind == other.kind == "global"
-        ]
-        if not pairs:
-            raise ValueError(f"{self.name} needs global views of both slots; set globals_per_slot to at least 1")
-        predicted, targets, weights = [], [], []
-        for index, view, other in pairs:
-            features = student[index]
-            with torch.no_grad():
-                sigma_mm = features.stride_mm / 2 if self.sigma_mm is None else self.sigma_mm
-                match = token_matches(view, other, self.stride_vox, sigma_mm=sigma_mm)
-                target = self.target(view, other, match)
-                targets.append(target.value.flatten(0, 1))
-                weights.append((target.weight * batch.paired()[:, None]).flatten())
-            predicted.append(self.predict(features.tokens).flatten(0, 1).float())
-        prediction, value, weight = torch.cat(predicted), torch.cat(targets), torch.cat(weights)
-        loss = _robust(prediction, value, weight)
-        with torch.no_grad():
-            mean = (value * weight[:, None]).sum(0) / weight.sum().clamp_min(_LEAST)
-            constant = _robust(mean.expand_as(value), value, weight)
-            metrics = {
-                f"{self.name}_vs_mean": loss.detach() / constant.clamp_min(_LEAST),
-                f"{self.name}_known_share": weight.mean(),
-            }
-        return loss, metrics
+        total, zero, weights = [], [], []
+        views = batch.global_views()
+        paired = batch.paired()[:, None]
+        for i, first in enumerate(views):
+            for second in views:
+                if first.slot != 0 or second.slot != 1:
+                    continue
+                target, weight = self._target(first, second, paired)
+                predicted = self.net(student[i].tokens).float()
+                total.append(F.smooth_l1_loss(predicted, target, reduction="none").mean(-1) * weight)
+                zero.append(F.smooth_l1_loss(torch.zeros_like(target), target, reduction="none").mean(-1) * weight)
+                weights.append(weight)
+        number = torch.cat(weights).sum().clamp_min(1e-6)
+        loss, still = torch.cat(total).sum() / number, torch.cat(zero).sum() / number
+        return loss, {f"{self.name}_vs_no_change": loss.detach() / still.clamp_min(1e-6)}
+
+    name = ""
+
+    @torch.no_grad()
+    def _target(
+        self, first: View, second: View, paired: Tensor
+    ) -> tuple[Float[Tensor, "b n outputs"], Float[Tensor, "b n"]]:
+        step_mm = (first.coords_mm[..., 0, 0, 1] - first.coords_mm[..., 0, 0, 0]).norm(dim=1).mean()
+        sigma_mm = 0.5 * self.stride_vox * float(step_mm)  # half a token: reads between the nearest ones
+        match = token_matches(first, second, self.stride_vox, sigma_mm=sigma_mm)
+        here, there = token_air(first, self.stride_vox), token_air(second, self.stride_vox)
+        seen = match * there.lung[:, None]
+        share = seen.sum(dim=2)
+        seen = seen / share.clamp_min(1e-6)[..., None]
+
+        def read(values: Tensor) -> Tensor:
+            return (seen @ values[..., None])[..., 0]
+
+        at_place = TokenAir(fraction=read(there.fraction), non_aerated=read(there.non_aerated), lung=share)
+        weight = ((here.lung >= LEAST_LUNG) & (share >= LEAST_LUNG) & paired).float()
+        target = self.targets(here, at_place)
+        return torch.where(weight[..., None] > 0, target, 0.0), weight
 
 
-class MassHead(TokenHead):
-    """Predicts ln of the volume that a token's tissue takes up at inhale over that at exhale, by its density."""
+class MassHead(_PhaseHead):
+    """Predicts ln J, the local expansion, as conserved tissue implies it (`physics.log_jacobian_from_density`)."""
 
     name = "mass"
-    outputs = 1
 
-    def target(self, exhale: View, inhale: View, match: Float[Tensor, "b n m"]) -> TokenTarget:
-        """See `physics.mass_target`."""
-        return mass_target(*_densities(exhale), *_densities(inhale), match, self.stride_vox)
+    def __init__(self, dim: int, *, stride_vox: int) -> None:
+        super().__init__(dim, stride_vox=stride_vox, outputs=1)
+
+    def targets(self, exhale: TokenAir, inhale: TokenAir) -> Float[Tensor, "b n outputs"]:
+        low = torch.finfo(torch.float32).tiny  # places without lung, which don't count
+        return log_jacobian_from_density(exhale.fraction.clamp_min(low), inhale.fraction.clamp_min(low))[..., None]
 
 
-class RecruitmentHead(TokenHead):
-    """Predicts how a token's non-aerated share and mean HU change from exhale to inhale."""
+class RecruitmentHead(_PhaseHead):
+    """Predicts how much less of the place is non-aerated at inhale, and how its tissue fraction changes.
+
+    Recruitment is the fall of the non-aerated share (Gattinoni et al. 2006, https://doi.org/10.1056/NEJMoa052052).
+    """
 
     name = "recruitment"
-    outputs = 2
 
-    def target(self, exhale: View, inhale: View, match: Float[Tensor, "b n m"]) -> TokenTarget:
-        """See `physics.recruitment_target`."""
-        return recruitment_target(*_densities(exhale), *_densities(inhale), match, self.stride_vox)
+    def __init__(self, dim: int, *, stride_vox: int) -> None:
+        super().__init__(dim, stride_vox=stride_vox, outputs=2)
 
-
-AUXILIARY: dict[str, type[TokenHead]] = {"mass": MassHead, "recruitment": RecruitmentHead}
-"""By the name that a method's weights use. Built by `AUXILIARY[name](dim, stride_vox=...)`."""
-
-_LEAST = 1e-6
+    def targets(self, exhale: TokenAir, inhale: TokenAir) -> Float[Tensor, "b n outputs"]:
+        return torch.stack([exhale.non_aerated - inhale.non_aerated, inhale.fraction - exhale.fraction], dim=-1)
 
 
-def _densities(view: View) -> tuple[Tensor, Tensor]:
-    """HU [b, z, y, x] and measured lung."""
-    return image_to_hu(view.image[:, 0].float()), view.lung & view.valid
-
-
-def _robust(
-    prediction: Float[Tensor, "rows c"], value: Float[Tensor, "rows c"], weight: Float[Tensor, " rows"]
-) -> Float[Tensor, ""]:
-    error = F.smooth_l1_loss(prediction, value, beta=ROBUST_FROM, reduction="none").mean(dim=1)
-    return (error * weight).sum() / weight.sum().clamp_min(_LEAST)
+AUXILIARY: dict[str, type[MassHead] | type[RecruitmentHead]] = {"mass": MassHead, "recruitment": RecruitmentHead}
+"""Name -> class, built with (dim, stride_vox=...)."""
