@@ -37,7 +37,10 @@ def test_every_small_pretraining_recipe_builds(name: str) -> None:
         ("backbone.name=vit3d_nanoo", "backbone.name: unknown backbone 'vit3d_nanoo'; did you mean 'vit3d_nano'?"),
         ("method.name=dyno", "method.name: unknown method 'dyno'; did you mean 'dino'?"),
         ("method.pairs=crosss", "method.pairs: Input should be 'all', 'cross' or 'within'"),
-        ("train.lr=fast", "train.lr: Input should be a valid number, unable to parse string as a number, got 'fast'"),
+        (
+            "train.lr=fast",
+            "train.lr: Input should be a valid number, unable to parse string as a number or Input should be 'auto', got 'fast'",
+        ),
         ("train.steps=2.5", "train.steps: Input should be a valid integer"),
         ("train.steps=0", "train: steps must be at least 1, got 0"),
         ("train.lr=0", "train: final_lr 1e-06 is above lr 0.0; set both"),

@@ -29,6 +29,7 @@ MAE = [*TINY, "method.decoder_width=24", "method.decoder_depth=1", "method.decod
 RECIPES = {
     "dino_vit_nano": [*DINO, "backbone.dim=48"],
     "dino_resenc_tiny": DINO,
+    "phase_dino_vit_nano": [*DINO, "backbone.dim=48"],
     "mae_vit_nano": [*MAE, "backbone.dim=48", "method.mask_unit_tokens=1"],
     "mae_resenc_tiny": [*MAE, "method.mask_unit_tokens=1"],
 }
@@ -169,7 +170,13 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_cost(
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     assert main(["pretrain", "mae_resenc_tiny", "--data", str(cache), "--dry-run", *RECIPES["mae_resenc_tiny"]]) == 0
     text = capsys.readouterr().out
-    for part in ("3 training patients, 1 held out (val)", "M trained parameters", "peak memory", "6 steps", "GFLOP a step"):
+    for part in (
+        "3 training patients, 1 held out (val)",
+        "M trained parameters",
+        "peak memory",
+        "6 steps",
+        "GFLOP a step",
+    ):
         assert part in text
     assert list(tmp_path.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
@@ -233,3 +240,24 @@ def test_too_few_evaluations_are_not_judged() -> None:
     }
     fallen = [{"step": step, "val/loss": 1.0 - 0.1 * step} for step in range(5)]
     assert judge(fallen)["learned"] is True
+
+
+def test_what_the_runs_size_decides_is_found_with_its_reason_and_kept_by_a_longer_resumed_run(
+    cache: Path, tmp_path: Path
+) -> None:
+    left_open = ["method.prototypes=auto", "train.lr=auto", "method.head_hidden=16"]
+    recipe = _recipe("dino_resenc_tiny", *left_open, "train.steps=2")
+    pretrain(recipe, data=cache, out=tmp_path / "run")
+    text = (tmp_path / "run" / "config.yaml").read_text("utf-8")
+    assert "# method.prototypes: 64  (8 teacher rows in the run, 32 to a prototype" in text
+    assert "# train.lr: 8.84e-05  (0.001 * sqrt(2 samples a step / 256)" in text
+    assert "# method.centering: ema  (4 teacher rows a step; Sinkhorn from 256 on" in text
+    again = load_recipe(tmp_path / "run" / "config.yaml")
+    assert again.method is not None and again.method.config.prototypes == 64 and again.train.lr == 8.84e-05
+    # Four thousand steps would ask for 256 prototypes, which the saved head doesn't have.
+    longer = _recipe("dino_resenc_tiny", *left_open, "train.steps=4000")
+    parts = build_pretraining(longer, cache, recorded=yaml.safe_load(text))
+    assert parts.recipe.method is not None and parts.recipe.method.config.prototypes == 64
+    assert "method.prototypes: 64  (as the run that is resumed has it)" in parts.reasons
+    anew = build_pretraining(longer, cache).recipe.method
+    assert anew is not None and anew.config.prototypes == 256

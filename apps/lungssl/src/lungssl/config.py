@@ -183,13 +183,15 @@ def _validate(kind: type, value: Any, where: str) -> Any:
     except ValidationError as error:
         # A union reports one error per member; the member's tag, e.g. `tuple[float, float]`, is no part of the key.
         found = error.errors()
-        keys = [
-            ".".join([where, *(str(k) for k in e["loc"] if str(k).isidentifier() or isinstance(k, int))]) for e in found
-        ]
+        keys = [".".join([where, *(str(k) for k in e["loc"] if isinstance(k, int) or _is_key(str(k)))]) for e in found]
         reasons = dict.fromkeys(e["msg"] for e, key in zip(found, keys, strict=True) if key == keys[0])
         text = " or ".join(reason.removeprefix("Value error, ") for reason in reasons)
         got = "" if found[0]["type"] in ("missing", "value_error") else f", got {found[0]['input']!r}"
         raise ConfigError(f"{keys[0]}: {text}{got}") from error
+
+
+def _is_key(text: str) -> bool:
+    return text.isidentifier() and text not in ("float", "int", "str", "bool")
 
 
 def _check_keys(values: Mapping[str, Any], known: Iterable[str], prefix: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lungssl_backbones import create_backbone
 from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import save_encoder
@@ -20,6 +21,7 @@ from lungssl_data.views import ViewSampler
 from lungssl_methods.monitor import Evaluation, LearningCheck
 from torch import nn
 
+from lungssl.auto_values import settle
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError, DataError
 from lungssl.training.config import TrainConfig
@@ -48,6 +50,8 @@ class Pretraining:
     fingerprint: str
     """Of the cache."""
     device: torch.device
+    reasons: tuple[str, ...] = ()
+    """What was found for values that the recipe left to the run's size, and why."""
 
     def read(self, index: int) -> CropBatch:
         """Crops of micro-batch `index`."""
@@ -83,11 +87,18 @@ class Pretraining:
         )
 
 
-def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pretraining:
-    """Open the cache, make crops, encoder and method. Raises ConfigError for parts that don't fit together."""
+def build_pretraining(
+    recipe: Recipe, data: Path, *, device: str = "auto", recorded: Mapping[str, Any] | None = None
+) -> Pretraining:
+    """Open the cache, make crops, encoder and method. Raises ConfigError for parts that don't fit together.
+
+    `recorded` is the config.yaml of the run to be resumed, which keeps what was found for its "auto" values.
+    """
     where = pick_device(device)
     cache = PairCache(data)
     recipe = at_spacing(recipe, cache_spacing_mm(cache))
+    patients = len(usable_patients(cache, recipe.data, "train"))
+    recipe, reasons = settle(recipe, patients=patients, recorded=recorded)
     train = recipe.train
     torch.manual_seed(micro_seed(recipe.seed, _BUILD))
     encoder, method = build_method(recipe)
@@ -110,6 +121,7 @@ def build_pretraining(recipe: Recipe, data: Path, *, device: str = "auto") -> Pr
         held_out_split=split,
         fingerprint=cache.fingerprint(),
         device=where,
+        reasons=tuple(reasons),
     )
 
 
@@ -179,11 +191,21 @@ def pretrain(
 
     Raises ConfigError, the data package's errors, and what `fit` raises.
     """
-    parts = build_pretraining(recipe, data, device=device)
+    recorded = (
+        yaml.safe_load((out / "config.yaml").read_text("utf-8")) if resume and (out / "config.yaml").is_file() else None
+    )
+    parts = build_pretraining(recipe, data, device=device, recorded=recorded)
     run = RunFolder.start(
-        out, parts.recipe.as_dict(), data_fingerprint=parts.fingerprint, resume=resume, overwrite=overwrite
+        out,
+        parts.recipe.as_dict(),
+        data_fingerprint=parts.fingerprint,
+        comments=parts.reasons,
+        resume=resume,
+        overwrite=overwrite,
     )
     run.say(parts.describe())
+    for reason in parts.reasons:
+        run.say(reason)
     if parts.held_out_split == "train" and parts.held_out:
         run.say("WARNING: the cache has no val patients of these phases; held-out figures are of training patients")
     started = time.perf_counter()
@@ -191,7 +213,7 @@ def pretrain(
         parts.method,
         read=parts.read,
         prepare=parts.prepare,
-        config=recipe.train,
+        config=parts.recipe.train,
         run=run,
         seed=recipe.seed,
         device=parts.device,
@@ -242,7 +264,7 @@ def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
     stored = sum(value.numel() * value.element_size() for value in parts.method.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in parts.method.parameters() if p.requires_grad)
     disk = f"checkpoints    {train.keep_checkpoints} of {(stored + moments) / 2**20:.0f} MiB"
-    return "\n".join([parts.describe(), disk, *_budget_lines(parts), *cost.lines(train, where)])
+    return "\n".join([parts.describe(), *parts.reasons, disk, *_budget_lines(parts), *cost.lines(train, where)])
 
 
 def _budget_lines(parts: Pretraining) -> list[str]:

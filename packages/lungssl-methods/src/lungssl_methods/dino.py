@@ -9,7 +9,7 @@ per forward, so that accumulated micro-batches act as one batch; prototypes are 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 import torch
@@ -19,12 +19,13 @@ from lungssl_backbones.encoder import Features, token_grid
 from lungssl_data.batch import PairBatch, StepOutput, View
 from torch import Tensor, nn
 
+from lungssl_methods.auto import Auto, BaseRate, RunSize, auto_momentum, auto_prototypes
 from lungssl_methods.distillation import Centering, Distillation, DistillationConfig
 from lungssl_methods.masking import MASK_WIDTH_VOX, varied_block_masks
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, pair_weight, policy_weights, slot_pair_weight
 from lungssl_methods.regularisers import gram, koleo
-from lungssl_methods.schedules import auto_momentum, cosine_momentum, linear_warmup_then_constant
+from lungssl_methods.schedules import cosine_momentum, linear_warmup_then_constant
 from lungssl_methods.teacher import follow, slow_copy
 
 SINKHORN_FROM_ROWS = 256
@@ -46,6 +47,7 @@ class Dino(nn.Module):
 
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=2)
     needs_correspondences = False
+    base_rate = BaseRate(lr=1e-3, batch=256, source="ssl.md B.1")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -54,8 +56,9 @@ class Dino(nn.Module):
         pairs: PairPolicy = "all"
         """Which views are matched: "all", "cross" (different slots), "within" (same slot), or the weights of
         (cross, within) pairs, e.g. [1.0, 0.5]."""
-        prototypes: int = 4096
-        """Size k of the output distribution. DINO's 65536 leaves small batches with uniform targets."""
+        prototypes: int | Literal["auto"] = 4096
+        """Size k of the output distribution. DINO's 65536 leaves small batches with uniform targets. "auto": as many as
+        the run's rows can tell apart (`auto.auto_prototypes`)."""
         head_hidden: int = 2048
         """Width of the projection head's two hidden layers (DINO's)."""
         head_bottleneck: int = 256
@@ -91,6 +94,18 @@ class Dino(nn.Module):
         gram_refresh: float = 0.1
         """Share of the run after which the anchor becomes the teacher of that time; it begins with the second part."""
 
+        def settled(self, run: RunSize) -> tuple["Dino.Config", dict[str, str]]:
+            """The same with every "auto" and the momentum replaced, and the reasons by key."""
+            found: dict[str, Auto] = {}
+            if self.prototypes == "auto":
+                found["prototypes"] = auto_prototypes(run)
+            if self.momentum is None:
+                found["momentum"] = auto_momentum(run)
+            if self.centering == "auto":
+                found["centering"] = _auto_centering(run.effective_batch)
+            values = {key: auto.value for key, auto in found.items()}
+            return replace(self, **values), {key: auto.reason for key, auto in found.items()}
+
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "Dino":
@@ -109,21 +124,21 @@ class Dino(nn.Module):
         super().__init__()
         policy_weights(config.pairs)
         checked = checked_encoder(encoder)
+        run = RunSize(effective_batch=effective_batch, total_steps=total_steps, patients=0)
+        config, _ = config.settled(run)
+        assert config.momentum is not None and config.prototypes != "auto" and config.centering != "auto"
         self.config = config
         self.total_steps = total_steps
-        auto = auto_momentum(effective_batch=effective_batch, total_steps=total_steps)
-        self.base_momentum = auto if config.momentum is None else config.momentum
+        self.base_momentum = config.momentum
+        self.prototypes = config.prototypes
         self.stride_vox = checked.token_stride_vox
         self.encoder = encoder
         self.teacher_encoder = slow_copy(encoder)
-        centering = config.centering
-        if centering == "auto":
-            centering = "sinkhorn" if 2 * effective_batch >= SINKHORN_FROM_ROWS else "ema"
         self.head_config = DistillationConfig(
             prototypes=config.prototypes,
             hidden=config.head_hidden,
             bottleneck=config.head_bottleneck,
-            centering=centering,
+            centering=config.centering,
             centre_momentum=config.centre_momentum,
         )
         self.summary = Distillation(self.summary_dim(checked.dim), self.head_config, gather)
@@ -176,7 +191,7 @@ class Dino(nn.Module):
         with torch.no_grad():
             teacher_share = weight.sum(dim=0) / weight.sum()
             entropy = (teacher_share * teacher_entropy).sum()
-            ln_k = math.log(config.prototypes)
+            ln_k = math.log(self.prototypes)
             directions = F.normalize(embeddings[: len(teacher)].float(), dim=-1).flatten(0, 1)
             metrics = {
                 "loss_lnk": loss.detach() / ln_k,
@@ -280,6 +295,14 @@ class Dino(nn.Module):
         weight = (1.0 / mask.sum(dim=1).clamp_min(1))[:, None].expand_as(mask)[mask]
         loss, _ = self.patches(hidden[0][None], hidden[1][None], weight[None, None], **distil)
         return loss
+
+
+def _auto_centering(effective_batch: int) -> Auto:
+    rows = 2 * effective_batch
+    return Auto(
+        value="sinkhorn" if rows >= SINKHORN_FROM_ROWS else "ema",
+        reason=f"{rows} teacher rows a step; Sinkhorn from {SINKHORN_FROM_ROWS} on (ssl.md B.1)",
+    )
 
 
 def encode_views(

@@ -16,6 +16,7 @@ from lungssl_backbones.encoder import token_grid
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
+from lungssl_methods.auto import BaseRate
 from lungssl_methods.losses import mae_loss
 from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks, visible_indices
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
@@ -26,6 +27,7 @@ class Mae(nn.Module):
 
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     needs_correspondences = False
+    base_rate = BaseRate(lr=3e-4, source="ssl.md B.2")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

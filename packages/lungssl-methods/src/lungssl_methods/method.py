@@ -8,6 +8,8 @@ from lungssl_backbones.encoder import Encoder
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
+from lungssl_methods.auto import BaseRate
+
 __all__ = ["Gather", "LocalGather", "Method", "StepOutput", "ViewCounts", "checked_encoder"]
 
 
@@ -47,6 +49,8 @@ class Method(Protocol):
 
     typical_views: ClassVar[ViewCounts]
     """Views that the method's source has, or the fewest that it works with."""
+    base_rate: ClassVar[BaseRate]
+    """What `train.lr: auto` is made of."""
     needs_correspondences: ClassVar[bool]
     """Whether crops must say where points of slot 0 are in slot 1 (`CropConfig.correspondences`)."""
     encoder: nn.Module

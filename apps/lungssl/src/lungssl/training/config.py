@@ -14,8 +14,8 @@ class TrainConfig:
     """Patients per micro-step; a step sees batch * accumulate of them, each through both slots."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
-    lr: float = 1e-3
-    """Learning rate at the end of the warm-up."""
+    lr: float | Literal["auto"] = 1e-3
+    """Learning rate at the end of the warm-up. "auto": the method's published one, scaled to the batch."""
     final_lr: float = 1e-6
     """Learning rate at the last step, reached by a cosine (DINO's value)."""
     warmup: float = 0.1
@@ -50,13 +50,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
         least |= {"keep_checkpoints": 1, "eval_batches": 0, "workers": 0, "lr": 0, "final_lr": 0, "clip": 0}
+        if self.lr == "auto":
+            del least["lr"]
         for name, low in least.items():
             if not getattr(self, name) >= low:  # `not >=` also refuses nan
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.final_lr > self.lr:
+        if self.lr != "auto" and self.final_lr > self.lr:
             raise ValueError(f"final_lr {self.final_lr} is above lr {self.lr}; set both")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share of the steps in [0, 1), got {self.warmup}")
+
+    def rate(self) -> float:
+        """The learning rate, which `lungssl.auto_values` has found where it was "auto"."""
+        assert self.lr != "auto", "train.lr is still auto; see auto_values.settle"
+        return self.lr
 
 
 RESUME_MAY_CHANGE = frozenset(

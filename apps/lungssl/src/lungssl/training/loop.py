@@ -121,8 +121,8 @@ def fit(
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over `param_groups`; `train_step` writes each group's learning rate and weight decay."""
-    groups = param_groups(module, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    groups = param_groups(module, lr=config.rate(), weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+    return torch.optim.AdamW(groups, lr=config.rate(), betas=config.betas)
 
 
 def train_step(
@@ -178,7 +178,7 @@ def _scheduled(step: int, config: TrainConfig) -> tuple[float, float]:
     """Learning rate and weight decay at a step."""
     lr = warmup_cosine(
         step,
-        base=config.lr,
+        base=config.rate(),
         final=config.final_lr,
         warmup_steps=round(config.warmup * config.steps),
         total_steps=config.steps,

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ class RunFolder:
         config: Mapping[str, Any],
         *,
         data_fingerprint: str = "",
+        comments: Sequence[str] = (),
         resume: bool = False,
         overwrite: bool = False,
     ) -> "RunFolder":
         """Make the folder, or continue or replace the run in it.
 
-        `config` is the resolved recipe as plain values. Raises ConfigError for a used folder without `resume` or
-        `overwrite`, for a folder that is no run, and for a resumed run whose configuration or data differ.
+        `config` is the resolved recipe as plain values; `comments` are lines to put above it. Raises ConfigError for a
+        used folder without `resume` or `overwrite`, for a folder that is no run, and for a resumed run whose
+        configuration or data differ.
         """
         run = cls(path)
         used = path.is_dir() and any(path.iterdir())
@@ -81,7 +83,8 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         run.stop.unlink(missing_ok=True)
         # config.yaml first: it marks the folder as a run, so that a run killed here can be resumed or replaced.
-        write_atomic(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        above = "".join(f"# {line}\n" for line in comments)
+        write_atomic(path / "config.yaml", above + yaml.safe_dump(dict(config), sort_keys=False))
         write_atomic(path / "env.json", json.dumps(environment() | {"data": data_fingerprint}, indent=1))
         return run
 
