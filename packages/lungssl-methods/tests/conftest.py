@@ -51,7 +51,8 @@ class TinyEncoder(nn.Module):
             tokens = tokens.gather(1, keep[..., None].expand(-1, -1, self.dim))
         tokens = self.norm(tokens)
         grid = token_grid((z, y, x_vox), STRIDE)
-        return Features(cls=None, tokens=tokens, pyramid=(), grid=grid, stride_mm=STRIDE * self.spacing_mm)
+        pyramid = (tokens.mT.unflatten(2, grid),) if keep is None else ()
+        return Features(cls=None, tokens=tokens, pyramid=pyramid, grid=grid, stride_mm=STRIDE * self.spacing_mm)
 
 
 MakeBatch = Callable[..., PairBatch]

@@ -7,6 +7,14 @@ METHODS: dict[str, str] = {
     "dino": "lungssl_methods.dino:Dino",
     "mae": "lungssl_methods.mae:Mae",
     "phase_dino": "lungssl_methods.phase_dino:PhaseDino",
+    "croco": "lungssl_methods.croco:Croco",
+    "paired_dense": "lungssl_methods.paired_dense:PairedDense",
+    "simclr": "lungssl_methods.simclr:SimClr",
+    "vicreg": "lungssl_methods.vicreg:VicReg",
+    "vox2vec": "lungssl_methods.vox2vec:Vox2Vec",
+    "simmim": "lungssl_methods.simmim:SimMim",
+    "jepa": "lungssl_methods.jepa:Jepa",
+    "phase_jepa": "lungssl_methods.phase_jepa:PhaseJepa",
 }
 """Name -> "module:Class"; the class has a `Config` whose `build(encoder, total_steps=...)` makes the method."""
 

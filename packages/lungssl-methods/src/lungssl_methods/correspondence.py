@@ -96,7 +96,7 @@ def sample_matches(
     position = first.coords_mm if first.slot == second.slot else _partner(first)
     second_mm = position.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).mT
     first_vox = torch.stack([index % x, index // x % y, index // (x * y)], dim=-1).float()
-    second_vox, found = _voxel_of(second, second_mm)
+    second_vox, found = voxel_of(second, second_mm)
     target = (second.valid & second.lung) if in_lung else second.valid
     there = _nearest(target, second_vox)
     valid = (number > 0)[:, None] & found & there
@@ -145,8 +145,8 @@ def _half_diagonal_mm(view: View, stride_vox: int) -> Float32[Tensor, "b 1 1"]:
     return (torch.stack(steps).square().sum(0).sqrt() * stride_vox / 2)[:, None, None]
 
 
-def _voxel_of(view: View, mm: Float32[Tensor, "b k 3"]) -> tuple[Float32[Tensor, "b k 3"], Bool[Tensor, "b k"]]:
-    """Index (x, y, z) in the view of LPS positions in its scan, and whether it is in the view."""
+def voxel_of(view: View, mm: Float32[Tensor, "b k 3"]) -> tuple[Float32[Tensor, "b k 3"], Bool[Tensor, "b k"]]:
+    """Index (x, y, z) in the view of LPS positions in its scan, and whether it is in the view; NaN is nowhere."""
     coords = view.coords_mm
     size = torch.tensor(coords.shape[:1:-1], device=coords.device)
     step = max(1, min(coords.shape[2:]) // 8)

@@ -63,3 +63,14 @@ def jacobian_of_map(
     """
     columns = [torch.gradient(place_mm, spacing=spacing_mm[axis], dim=4 - axis)[0] for axis in range(3)]
     return torch.linalg.det(torch.stack(columns, dim=-1).movedim(1, -2))
+
+
+def jacobian_of_view_map(
+    coords_mm: Float[Tensor, "b 3 z y x"], place_mm: Float[Tensor, "b 3 z y x"]
+) -> Float[Tensor, "b z y x"]:
+    """Determinant of the derivative of the map that takes a view's voxels at `coords_mm` to `place_mm`.
+
+    By the chain rule from both derivatives by the voxel's index, so that a view's rotation and zoom cancel.
+    """
+    step = (1.0, 1.0, 1.0)
+    return jacobian_of_map(place_mm, step) / jacobian_of_map(coords_mm, step)

@@ -1,0 +1,262 @@
+"""Cross-phase completion: rebuild the hidden nine tenths of one phase from what is left of it and the whole other one.
+
+Source: CroCo, Weinzaepfel et al. 2022, https://arxiv.org/abs/2210.10716; `ssl.md` C2. What can't be guessed from a
+tenth of the exhale scan is copied from the inhale scan, from the right place: so the decoder's cross-attention becomes
+a registration without any deformation loss, and its distance from the true place, attention-TRE in mm, is reported.
+Differs from it: 3-D; both directions in every step; positions are those of the lungs, not of the crop; lung counts
+fully and the rest a tenth, because ribs and table are copied without moving anything. Four predictors that learn
+nothing are reported beside it. Where both slots are crops of one scan, it is CropMAE-like completion of that scan.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from lungssl_backbones.encoder import token_grid
+from lungssl_data.batch import PairBatch, StepOutput, View
+from lungssl_ops.patches import patchify
+from torch import Tensor, nn
+
+from lungssl_methods.auto import BaseRate
+from lungssl_methods.completion_baselines import COPIES, Copy, attention_tre_mm, copied, places_mm
+from lungssl_methods.correspondence import pairs_of_slots, places_in, token_centres_mm, token_mean
+from lungssl_methods.cross_decoder import CrossDecoder
+from lungssl_methods.losses import mae_loss
+from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks, visible_indices
+from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+
+_OCTAVES = 4.0
+"""Highest over lowest frequency of a position, as a power of 2: half a period from 1 to 1/16 of the lungs' spread,
+which is about a token of 4 mm."""
+
+
+class Croco(nn.Module):
+    """Completes each slot's global views with the other slot's. In `eval()` the masks are always the same."""
+
+    typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
+    needs_correspondences = False
+    base_rate = BaseRate(lr=3e-4, source="ssl.md B.2")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What is hidden, how it is rebuilt and what counts."""
+
+        mask_ratio: float = 0.9
+        """Share of blocks hidden in the view that is completed (CroCo's): with less, the other scan isn't needed."""
+        mask_unit_tokens: int | None = None
+        """Side of a hidden block in tokens. None: as many as make 16 voxels, at least 1."""
+        directions: Literal["both", "exhale", "inhale"] = "both"
+        """Which slot's views are completed: both, or only slot 0's or slot 1's."""
+        decoder_width: int = 384
+        """Decoder embedding; a multiple of `decoder_heads` (CroCo: 512 for images of 224)."""
+        decoder_depth: int = 4
+        """Decoder blocks, each with self- and cross-attention (CroCo: 8)."""
+        decoder_heads: int = 6
+        """Attention heads of each."""
+        norm: Literal["patch", "none"] = "patch"
+        """Targets of zero mean and unit variance per patch, or plain network input, in which density shows."""
+        variance_floor: float = (20 / 1400) ** 2
+        """Least variance that a target is divided by: (20 HU)^2 of a 1400 HU window, about CT noise."""
+        outside_lung_weight: float = 0.1
+        """Weight of measured voxels outside the lung, where inside is 1 (`ssl.md` C2)."""
+
+        def build(
+            self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
+        ) -> "Croco":
+            """A completion around `encoder`. It has no schedule, and no state across ranks."""
+            return Croco(self, encoder)
+
+    def __init__(self, config: Config, encoder: nn.Module) -> None:
+        """Raises ValueError for a module that is no Encoder."""
+        super().__init__()
+        checked = checked_encoder(encoder)
+        self.config = config
+        self.encoder = encoder
+        self.patch_vox = checked.token_stride_vox
+        self.supports_keep = checked.supports_keep
+        self.unit_tokens = config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.patch_vox)
+        width = config.decoder_width
+        self.embed = nn.Linear(checked.dim, width)
+        self.embed_memory = nn.Linear(checked.dim, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.decoder = CrossDecoder(width, depth=config.decoder_depth, heads=config.decoder_heads)
+        self.predict = nn.Linear(width, self.patch_vox**3)
+        nn.init.zeros_(self.predict.weight)  # start at predicting 0, as mae does
+        nn.init.zeros_(self.predict.bias)
+
+    def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
+        """Raises ValueError without global views, and with local ones, which would be made for nothing."""
+        if globals_per_slot < 1 or locals_per_slot > 0:
+            raise ValueError(
+                f"croco completes global views and uses no local ones, got globals_per_slot={globals_per_slot} and "
+                f"locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
+            )
+
+    def forward(self, batch: PairBatch, step: int) -> StepOutput:
+        """Loss over hidden voxels; `loss_vs_zero` is its ratio to that of predicting 0, 1 where nothing is learned.
+
+        In `eval()` also, for slot 0: `loss_vs_identity`, `_affine`, `_warp` and `_density`, its ratio to that of copies
+        of slot 1 (below 1 is better; normalised per patch as the targets are) on the voxels that the copy knows; and
+        `attention_tre_mm` beside `identity_tre_mm` and `affine_tre_mm`, medians over lung tokens whose place is known.
+        Figures that nothing is known of are left out. `step` changes nothing.
+
+        Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
+        """
+        pairs = pairs_of_slots(batch)
+        sizes = {view.image.shape for pair in pairs for view in pair}
+        if len(sizes) != 1:
+            raise ValueError(f"croco needs global views of both slots and one size, got {[tuple(s) for s in sizes]}")
+        firsts, seconds = ([pair[slot] for pair in pairs] for slot in (0, 1))
+        targets, references = {
+            "both": (firsts + seconds, seconds + firsts),
+            "exhale": (firsts, seconds),
+            "inhale": (seconds, firsts),
+        }[self.config.directions]
+        mask = self._masks(targets)
+        tokens, memory = self._tokens(batch, targets, references, mask)
+        predicted = self.predict(self.decoder(tokens, memory))
+        image, weight = _stacked(targets), self._weight(targets)
+        loss = self._loss(predicted, image, mask, weight)
+        with torch.no_grad():
+            metrics = {
+                "loss": loss.detach(),
+                "loss_vs_zero": loss.detach() / self._loss(torch.zeros_like(predicted), image, mask, weight),
+                "masked_share": mask.float().mean(),
+            }
+            if not self.training and self.config.directions != "inhale":
+                rows = sum(len(view.image) for view in firsts)
+                metrics |= self._against_copies(batch, pairs, predicted[:rows], mask[:rows])
+                metrics |= self._tre(batch, pairs, tokens[:rows], memory[:rows])
+        return StepOutput(loss=loss, metrics=metrics)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Nothing moves between steps."""
+
+    def export_encoder(self) -> nn.Module:
+        """The trained encoder."""
+        return self.encoder
+
+    def _masks(self, targets: list[View]) -> Bool[Tensor, "r n"]:
+        z, y, x = targets[0].image.shape[2:]
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        masks = random_block_masks(
+            sum(len(view.image) for view in targets),
+            token_grid((z, y, x), self.patch_vox),
+            ratio=self.config.mask_ratio,
+            unit=self.unit_tokens,
+            generator=generator,
+        )
+        return masks.to(targets[0].image.device)
+
+    def _tokens(
+        self, batch: PairBatch, targets: list[View], references: list[View], mask: Bool[Tensor, "r n"]
+    ) -> tuple[Float[Tensor, "r n w"], Float[Tensor, "r n w"]]:
+        """What the decoder is given: the targets' tokens, hidden ones replaced, and the references' whole ones."""
+        here, there = zip(
+            *(self._positions(batch, a, b) for a, b in zip(targets, references, strict=True)), strict=True
+        )
+        memory = self.embed_memory(self.encoder(_stacked(references)).tokens) + torch.cat(there)
+        return self._visible(_stacked(targets), mask, visible_indices(mask)) + torch.cat(here), memory
+
+    def _visible(
+        self, image: Float[Tensor, "r 1 z y x"], mask: Bool[Tensor, "r n"], keep: Int64[Tensor, "r k"]
+    ) -> Float[Tensor, "r n w"]:
+        """Hidden tokens become the mask token, or what a convolution tells from around them."""
+        if not self.supports_keep:
+            return self.embed(self.encoder(image, mask=mask).tokens)
+        tokens = self.embed(self.encoder(image, keep=keep).tokens)
+        full = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)
+        return full.scatter(1, keep[..., None].expand_as(tokens), tokens)
+
+    def _positions(self, batch: PairBatch, one: View, other: View) -> tuple[Tensor, Tensor]:
+        """Encoded places of both views' tokens, in units of the lungs' spread around their centre, in slot 1's scan."""
+        places = [token_mean(self._in_slot_1(batch, view), self.patch_vox) for view in (one, other)]
+        lungs = [token_mean(view.lung[:, None].float(), self.patch_vox) + 1e-3 for view in (one, other)]
+        place, lung = torch.cat(places, dim=1), torch.cat(lungs, dim=1)
+        lung = lung / lung.sum(dim=1, keepdim=True)
+        centre = (place * lung).sum(dim=1, keepdim=True)
+        spread = ((place - centre).square() * lung).sum(dim=1, keepdim=True).mean(dim=2, keepdim=True).sqrt()
+        width = self.config.decoder_width
+        first, second = (encoded_positions((p - centre) / spread.clamp_min(1.0), width) for p in places)
+        return first, second
+
+    def _in_slot_1(self, batch: PairBatch, view: View) -> Float[Tensor, "b 3 z y x"]:
+        return view.coords_mm if view.slot == 1 else places_mm(batch, view, "affine")
+
+    def _weight(self, views: list[View]) -> Float[Tensor, "r z y x"]:
+        lung, valid = torch.cat([view.lung for view in views]), torch.cat([view.valid for view in views])
+        return torch.where(lung, 1.0, self.config.outside_lung_weight) * valid
+
+    def _loss(
+        self,
+        predicted: Float[Tensor, "r n p"],
+        image: Float[Tensor, "r 1 z y x"],
+        mask: Bool[Tensor, "r n"],
+        weight: Float[Tensor, "r z y x"],
+    ) -> Float[Tensor, ""]:
+        floor = self.config.variance_floor
+        return mae_loss(
+            predicted, image, mask, weight, patch_vox=self.patch_vox, norm=self.config.norm, variance_floor=floor
+        )
+
+    def _against_copies(
+        self, batch: PairBatch, pairs: list[tuple[View, View]], predicted: Float[Tensor, "r n p"], mask: Tensor
+    ) -> dict[str, Tensor]:
+        firsts = [first for first, _ in pairs]
+        image, weight = _stacked(firsts), self._weight(firsts)
+        found = {}
+        for how in COPIES:
+            copies = [copied(batch, first, second, how) for first, second in pairs]
+            known = weight * torch.cat([there for _, there in copies])
+            hidden = patchify(known[:, None], (self.patch_vox,) * 3).sum(dim=2) > 0
+            if not (hidden & mask).any():
+                continue
+            copy = self._copy_patches(torch.cat([values for values, _ in copies]))
+            ours, theirs = (self._loss(one, image, mask, known) for one in (predicted, copy))
+            found[f"loss_vs_{how}"] = ours / theirs
+        return found
+
+    def _copy_patches(self, image: Float[Tensor, "r 1 z y x"]) -> Float[Tensor, "r n p"]:
+        patches = patchify(image.float(), (self.patch_vox,) * 3)
+        if self.config.norm == "none":
+            return patches
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) * variance.clamp_min(self.config.variance_floor).rsqrt()
+
+    def _tre(
+        self, batch: PairBatch, pairs: list[tuple[View, View]], tokens: Tensor, memory: Tensor
+    ) -> dict[str, Tensor]:
+        if pairs[0][0].partner_mm is None:
+            return {}
+        in_lung, truth, looked = [], [], []
+        starts: dict[Copy, list[Tensor]] = {"identity": [], "affine": []}
+        for first, second in pairs:
+            in_lung.append(token_mean(first.lung[:, None].float(), self.patch_vox)[..., 0] > 0.5)
+            truth.append(places_in(first, second, self.patch_vox))
+            looked.append(token_centres_mm(second, self.patch_vox))
+            for how, places in starts.items():
+                places.append(token_mean(places_mm(batch, first, how), self.patch_vox))
+        true_mm = torch.cat(truth)
+        true_mm = torch.where(torch.cat(in_lung)[..., None], true_mm, torch.nan)
+        there = true_mm.isfinite().all(dim=-1)
+        if not there.any():
+            return {}
+        found = {
+            "attention_tre_mm": attention_tre_mm(self.decoder.attention(tokens, memory), torch.cat(looked), true_mm)
+        }
+        for how, places in starts.items():
+            found[f"{how}_tre_mm"] = torch.linalg.vector_norm(torch.cat(places) - true_mm, dim=-1)[there].median()
+        return found
+
+
+def encoded_positions(place: Float[Tensor, "b n 3"], width: int) -> Float[Tensor, "b n w"]:
+    """Sines and cosines of places in units of the lungs' spread; the width % 6 channels that don't share out are 0."""
+    octaves = torch.linspace(0.0, _OCTAVES, width // 6, device=place.device)
+    angle = (place[..., None] * (torch.pi * 2.0**octaves)).flatten(2)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, width % 6))
+
+
+def _stacked(views: list[View]) -> Float[Tensor, "r 1 z y x"]:
+    return torch.cat([view.image for view in views])

@@ -1,0 +1,116 @@
+"""SimMIM in 3-D: the encoder sees the whole crop with tokens hidden, and one linear layer predicts their voxels.
+
+Source: Xie et al. 2022, https://arxiv.org/abs/2111.09886 (0.6 masked, L1 of hidden pixels, a linear head). Differs from
+it for CT: targets are the fixed HU window, not normalised per image; padding counts for nothing, voxels outside the
+lung for little.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from lungssl_backbones.encoder import token_grid
+from lungssl_data.batch import PairBatch, StepOutput
+from lungssl_ops.patches import patchify
+from torch import Tensor, nn
+
+from lungssl_methods.auto import BaseRate
+from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks
+from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+
+
+class SimMim(nn.Module):
+    """Predicts hidden blocks of the global views of both slots. In `eval()` the masks are always the same."""
+
+    typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
+    needs_correspondences = False
+    base_rate = BaseRate(lr=3e-4, source="as mae, ssl.md B.2")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What is hidden and what counts."""
+
+        mask_ratio: float = 0.6
+        """Share of blocks that is hidden (SimMIM's default)."""
+        mask_unit_tokens: int | None = None
+        """Side of a hidden block in tokens. None: as many as make 16 voxels, at least 1 (SimMIM: 32 pixels of 224)."""
+        outside_lung_weight: float = 0.1
+        """Weight of measured voxels outside the lung, where inside is 1 (`ssl.md` C2)."""
+
+        def build(
+            self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
+        ) -> "SimMim":
+            """A masked predictor around `encoder`. It has no schedule and no state across ranks."""
+            return SimMim(self, encoder)
+
+    def __init__(self, config: Config, encoder: nn.Module) -> None:
+        """Raises ValueError for a module that is no Encoder."""
+        super().__init__()
+        checked = checked_encoder(encoder)
+        self.config = config
+        self.encoder = encoder
+        self.patch_vox = checked.token_stride_vox
+        self.unit_tokens = config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.patch_vox)
+        self.predict = nn.Linear(checked.dim, self.patch_vox**3)
+
+    def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
+        """Raises ValueError without global views, and with local ones, which would be made for nothing."""
+        if globals_per_slot < 1 or locals_per_slot > 0:
+            raise ValueError(
+                f"simmim predicts global views and uses no local ones, got globals_per_slot={globals_per_slot} and "
+                f"locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
+            )
+
+    def forward(self, batch: PairBatch, step: int) -> StepOutput:
+        """L1 over hidden voxels, in network input; `loss_vs_mean` is its ratio to predicting each crop's visible mean.
+
+        Masks are drawn from torch's global CPU generator, on any device. `step` changes nothing.
+
+        Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
+        """
+        views = batch.global_views()
+        if len({view.image.shape for view in views}) != 1:
+            raise ValueError(f"simmim needs global views of one size, got {[tuple(v.image.shape) for v in views]}")
+        image = torch.cat([view.image for view in views])
+        lung, valid = torch.cat([view.lung for view in views]), torch.cat([view.valid for view in views])
+        weight = torch.where(lung, 1.0, self.config.outside_lung_weight) * valid
+        z, y, x = image.shape[2:]
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        mask = random_block_masks(
+            len(image),
+            token_grid((z, y, x), self.patch_vox),
+            ratio=self.config.mask_ratio,
+            unit=self.unit_tokens,
+            generator=generator,
+        ).to(image.device)
+        patch = (self.patch_vox,) * 3
+        target, weights = patchify(image, patch), patchify(weight[:, None], patch)
+        loss = masked_l1(self.predict(self.encoder(image, mask=mask).tokens), target, mask, weights)
+        with torch.no_grad():
+            seen = weights * ~mask[..., None]
+            mean = (target * seen).sum(dim=(1, 2)) / seen.sum(dim=(1, 2)).clamp_min(1e-6)
+            still = masked_l1(mean[:, None, None].expand_as(target), target, mask, weights)
+        metrics = {
+            "loss": loss.detach(),
+            "loss_vs_mean": loss.detach() / still,
+            "masked_share": mask.float().mean(),
+        }
+        return StepOutput(loss=loss, metrics=metrics)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Nothing moves between steps."""
+
+    def export_encoder(self) -> nn.Module:
+        """The trained encoder."""
+        return self.encoder
+
+
+def masked_l1(
+    predicted: Float[Tensor, "b n p"],
+    target: Float[Tensor, "b n p"],
+    mask: Bool[Tensor, "b n"],
+    weight: Float[Tensor, "b n p"],
+) -> Float[Tensor, ""]:
+    """Weighted mean absolute error over the voxels of hidden patches, in float32; NaN where none has weight."""
+    counted = weight * mask[..., None]
+    return ((predicted.float() - target.float()).abs() * counted).sum() / counted.sum()
