@@ -30,6 +30,8 @@ RECIPES = {
     "dino_vit_nano": [*DINO, "backbone.dim=48"],
     "dino_resenc_tiny": DINO,
     "phase_dino_vit_nano": [*DINO, "backbone.dim=48"],
+    "croco_vit_nano": [*MAE, "backbone.dim=48", "method.mask_unit_tokens=1", "views.global_vox=16"],
+    "paired_dense_resenc_tiny": TINY,
     "mae_vit_nano": [*MAE, "backbone.dim=48", "method.mask_unit_tokens=1"],
     "mae_resenc_tiny": [*MAE, "method.mask_unit_tokens=1"],
 }

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +90,62 @@ def test_a_misspelt_method_is_corrected() -> None:
 def test_listing_methods_imports_no_torch() -> None:
     code = "import sys, lungssl_methods; lungssl_methods.list_methods(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_new_method_is_one_file_and_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    encoder: nn.Module,
+    convolutional_encoder: nn.Module,
+    make_batch: Callable[..., PairBatch],
+) -> None:
+    (tmp_path / "my_method.py").write_text(
+        """
+from dataclasses import dataclass
+
+from lungssl_data.batch import StepOutput
+from lungssl_methods.auto import BaseRate
+from lungssl_methods.method import ViewCounts, checked_encoder
+from torch import nn
+
+
+class Brightness(nn.Module):
+    typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
+    needs_correspondences = False
+    base_rate = BaseRate(lr=1e-3, source="a test")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        scale: float = 1.0
+
+        def build(self, encoder, *, total_steps, effective_batch=32, gather=None):
+            return Brightness(self, encoder)
+
+    def __init__(self, config, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.predict = nn.Linear(checked_encoder(encoder).dim, 1)
+
+    def check_views(self, *, globals_per_slot, locals_per_slot):
+        pass
+
+    def forward(self, batch, step):
+        error = 0.0
+        for view in batch.global_views():
+            found = self.predict(self.encoder(view.image).tokens.square()).mean((1, 2))
+            error = error + (found - view.image.mean((1, 2, 3, 4))).square().mean()
+        return StepOutput(loss=error, metrics={"loss": error.detach()})
+
+    def after_optimizer_step(self, step):
+        pass
+
+    def export_encoder(self):
+        return self.encoder
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "brightness", "my_method:Brightness")
+    assert "brightness" in list_methods()
+    test_every_method_keeps_the_contract("brightness", encoder, make_batch)
+    test_held_out_batches_move_no_state_and_repeat_exactly("brightness", convolutional_encoder, make_batch)
+    test_a_module_that_is_no_encoder_is_refused("brightness")

@@ -257,7 +257,7 @@ def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
     """Build everything, make two steps, write nothing; returns what a run would be and cost."""
     parts = build_pretraining(recipe, data, device=device)
-    train, where = recipe.train, parts.device
+    train, where = parts.recipe.train, parts.device
     cost = measure_steps(
         parts.method, read=parts.read, prepare=parts.prepare, config=train, seed=recipe.seed, device=where
     )
