@@ -10,6 +10,7 @@ from lungssl_data.views import scale_hu
 from lungssl_methods.completion_baselines import attention_tre_mm, copied
 from lungssl_methods.croco import Croco
 from lungssl_methods.cross_decoder import CrossDecoder
+from lungssl_methods.hidden_views import drawn_masks
 from torch import nn
 
 MakeBatch = Callable[..., PairBatch]
@@ -60,8 +61,8 @@ def test_every_output_depends_on_the_other_scan_and_on_the_visible_tokens_only(e
     shuffled = replace(second, image=second.image.roll(1, 0))
     assert method(replace(batch, views=(first, shuffled)), 0).loss.item() != pytest.approx(before.item(), rel=1e-4)
     image = torch.cat([first.image, second.image]).requires_grad_()
-    mask = method._masks([first, second])
-    tokens = method._visible(image, mask, (~mask).nonzero()[:, 1].reshape(6, -1))
+    mask = drawn_masks(image, 4, ratio=0.9, unit=1, training=True)
+    tokens = method.visible(method.encoder, image, mask)
     (gradient,) = torch.autograd.grad(tokens.sum(), image)
     patches = gradient.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).abs().sum((1, 5, 6, 7)).flatten(1)
     assert not patches[mask].any() and patches[~mask].all()
@@ -161,9 +162,9 @@ def test_directions_choose_which_slot_is_completed(directions: str, encoder: nn.
 
 def test_local_views_and_views_of_two_sizes_are_refused(encoder: nn.Module, make_batch: MakeBatch) -> None:
     method = build(encoder)
-    with pytest.raises(ValueError, match=r"croco completes global views .* locals_per_slot=2; set"):
+    with pytest.raises(ValueError, match=r"croco hides parts of global views .* locals_per_slot=2; set"):
         method.check_views(globals_per_slot=1, locals_per_slot=2)
     batch = smooth_pair()
     odd = make_batch(2, locals_per_slot=0).views[1]
-    with pytest.raises(ValueError, match="croco needs global views of both slots and one size"):
+    with pytest.raises(ValueError, match="croco needs global views of one size"):
         method(replace(batch, views=(batch.views[0], odd)), 0)

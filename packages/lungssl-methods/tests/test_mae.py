@@ -70,7 +70,7 @@ def test_the_encoder_never_sees_hidden_voxels(encoder: nn.Module, make_batch: Ma
     batch = _batch(make_batch)
     images = [view.image.clone().requires_grad_() for view in batch.views]
     mask = random_block_masks(4, (2, 3, 4), ratio=0.75)
-    method._decode(method._encode(torch.cat(images), mask, visible_indices(mask)), (2, 3, 4)).sum().backward()
+    method._decode(method.visible(method.encoder, torch.cat(images), mask), (2, 3, 4)).sum().backward()
     mask = mask.reshape(4, 2, 3, 4)
     for axis in (1, 2, 3):
         mask = mask.repeat_interleave(4, dim=axis)

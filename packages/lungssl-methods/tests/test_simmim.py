@@ -73,5 +73,5 @@ def test_it_learns_what_can_be_told_from_the_rest(make_batch: MakeBatch) -> None
 
 
 def test_local_views_are_refused(encoder: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"simmim predicts global views .* locals_per_slot=1; set"):
+    with pytest.raises(ValueError, match=r"simmim hides parts of global views .* locals_per_slot=1; set"):
         build(encoder).check_views(globals_per_slot=1, locals_per_slot=1)

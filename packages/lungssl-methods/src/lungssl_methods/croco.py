@@ -13,8 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
-from lungssl_backbones.encoder import token_grid
+from jaxtyping import Bool, Float
 from lungssl_data.batch import PairBatch, StepOutput, View
 from lungssl_ops.patches import patchify
 from torch import Tensor, nn
@@ -23,8 +22,15 @@ from lungssl_methods.auto import BaseRate
 from lungssl_methods.completion_baselines import COPIES, Copy, attention_tre_mm, copied, places_mm
 from lungssl_methods.correspondence import pairs_of_slots, places_in, token_centres_mm, token_mean
 from lungssl_methods.cross_decoder import CrossDecoder
+from lungssl_methods.hidden_views import (
+    VisibleTokens,
+    check_global_views_only,
+    drawn_masks,
+    lung_weight,
+    stacked_images,
+)
 from lungssl_methods.losses import mae_loss
-from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks, visible_indices
+from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
 _OCTAVES = (-2.0, 1.0)
@@ -76,12 +82,10 @@ class Croco(nn.Module):
         self.config = config
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
-        self.supports_keep = checked.supports_keep
         self.unit_tokens = config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.patch_vox)
         width = config.decoder_width
-        self.embed = nn.Linear(checked.dim, width)
+        self.visible = VisibleTokens(checked, width)
         self.embed_memory = nn.Linear(checked.dim, width)
-        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.decoder = CrossDecoder(width, depth=config.decoder_depth, heads=config.decoder_heads)
         self.predict = nn.Linear(width, self.patch_vox**3)
         nn.init.zeros_(self.predict.weight)  # start at predicting 0, as mae does
@@ -89,11 +93,7 @@ class Croco(nn.Module):
 
     def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
         """Raises ValueError without global views, and with local ones, which would be made for nothing."""
-        if globals_per_slot < 1 or locals_per_slot > 0:
-            raise ValueError(
-                f"croco completes global views and uses no local ones, got globals_per_slot={globals_per_slot} and "
-                f"locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
-            )
+        check_global_views_only("croco", globals_per_slot, locals_per_slot)
 
     def forward(self, batch: PairBatch, step: int) -> StepOutput:
         """Loss over hidden voxels; `loss_vs_zero` is its ratio to that of predicting 0, 1 where nothing is learned.
@@ -106,19 +106,18 @@ class Croco(nn.Module):
         Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
         """
         pairs = pairs_of_slots(batch)
-        sizes = {view.image.shape for pair in pairs for view in pair}
-        if len(sizes) != 1:
-            raise ValueError(f"croco needs global views of both slots and one size, got {[tuple(s) for s in sizes]}")
         firsts, seconds = ([pair[slot] for pair in pairs] for slot in (0, 1))
         targets, references = {
             "both": (firsts + seconds, seconds + firsts),
             "exhale": (firsts, seconds),
             "inhale": (seconds, firsts),
         }[self.config.directions]
-        mask = self._masks(targets)
-        tokens, memory = self._tokens(batch, targets, references, mask)
+        image, weight = stacked_images((*targets, *references), "croco").chunk(2)[0], self._weight(targets)
+        ratio, unit = self.config.mask_ratio, self.unit_tokens
+        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
+        mask = host_mask.to(image.device)
+        tokens, memory = self._tokens(batch, targets, references, host_mask)
         predicted = self.predict(self.decoder(tokens, memory))
-        image, weight = _stacked(targets), self._weight(targets)
         loss = self._loss(predicted, image, mask, weight)
         with torch.no_grad():
             metrics = {
@@ -139,37 +138,16 @@ class Croco(nn.Module):
         """The trained encoder."""
         return self.encoder
 
-    def _masks(self, targets: list[View]) -> Bool[Tensor, "r n"]:
-        z, y, x = targets[0].image.shape[2:]
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        masks = random_block_masks(
-            sum(len(view.image) for view in targets),
-            token_grid((z, y, x), self.patch_vox),
-            ratio=self.config.mask_ratio,
-            unit=self.unit_tokens,
-            generator=generator,
-        )
-        return masks.to(targets[0].image.device)
-
     def _tokens(
-        self, batch: PairBatch, targets: list[View], references: list[View], mask: Bool[Tensor, "r n"]
+        self, batch: PairBatch, targets: list[View], references: list[View], host_mask: Bool[Tensor, "r n"]
     ) -> tuple[Float[Tensor, "r n w"], Float[Tensor, "r n w"]]:
         """What the decoder is given: the targets' tokens, hidden ones replaced, and the references' whole ones."""
         here, there = zip(
             *(self._positions(batch, a, b) for a, b in zip(targets, references, strict=True)), strict=True
         )
-        memory = self.embed_memory(self.encoder(_stacked(references)).tokens) + torch.cat(there)
-        return self._visible(_stacked(targets), mask, visible_indices(mask)) + torch.cat(here), memory
-
-    def _visible(
-        self, image: Float[Tensor, "r 1 z y x"], mask: Bool[Tensor, "r n"], keep: Int64[Tensor, "r k"]
-    ) -> Float[Tensor, "r n w"]:
-        """Hidden tokens become the mask token, or what a convolution tells from around them."""
-        if not self.supports_keep:
-            return self.embed(self.encoder(image, mask=mask).tokens)
-        tokens = self.embed(self.encoder(image, keep=keep).tokens)
-        full = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)
-        return full.scatter(1, keep[..., None].expand_as(tokens), tokens)
+        whole, image = (torch.cat([view.image for view in views]) for views in (references, targets))
+        memory = self.embed_memory(self.encoder(whole).tokens) + torch.cat(there)
+        return self.visible(self.encoder, image, host_mask) + torch.cat(here), memory
 
     def _positions(self, batch: PairBatch, one: View, other: View) -> tuple[Tensor, Tensor]:
         """Encoded places of both views' tokens, in units of the lungs' spread around their centre, in slot 1's scan."""
@@ -187,8 +165,7 @@ class Croco(nn.Module):
         return view.coords_mm if view.slot == 1 else places_mm(batch, view, "affine")
 
     def _weight(self, views: list[View]) -> Float[Tensor, "r z y x"]:
-        lung, valid = torch.cat([view.lung for view in views]), torch.cat([view.valid for view in views])
-        return torch.where(lung, 1.0, self.config.outside_lung_weight) * valid
+        return lung_weight(views, self.config.outside_lung_weight)
 
     def _loss(
         self,
@@ -206,7 +183,7 @@ class Croco(nn.Module):
         self, batch: PairBatch, pairs: list[tuple[View, View]], predicted: Float[Tensor, "r n p"], mask: Tensor
     ) -> dict[str, Tensor]:
         firsts = [first for first, _ in pairs]
-        image, weight = _stacked(firsts), self._weight(firsts)
+        image, weight = torch.cat([view.image for view in firsts]), self._weight(firsts)
         found = {}
         for how in COPIES:
             copies = [copied(batch, first, second, how) for first, second in pairs]
@@ -257,7 +234,3 @@ def encoded_positions(place: Float[Tensor, "b n 3"], width: int) -> Float[Tensor
     octaves = torch.linspace(*_OCTAVES, width // 6, device=place.device)
     angle = (place[..., None] * (torch.pi * 2.0**octaves)).flatten(2)
     return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, width % 6))
-
-
-def _stacked(views: list[View]) -> Float[Tensor, "r 1 z y x"]:
-    return torch.cat([view.image for view in views])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lungssl_methods.auto import BaseRate, RunSize, auto_momentum
 from lungssl_methods.block_targets import sample_blocks
 from lungssl_methods.correspondence import token_mean
+from lungssl_methods.hidden_views import check_global_views_only, stacked_images
 from lungssl_methods.latent import LatentPredictor, latent_loss, latent_targets, take, target_std
 from lungssl_methods.mae import sincos_positions
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
@@ -165,20 +166,10 @@ def keeping_encoder(encoder: nn.Module, method: str) -> Encoder:
     return checked
 
 
-def check_global_views_only(method: str, globals_per_slot: int, locals_per_slot: int) -> None:
-    """ValueError without global views, and with local ones."""
-    if globals_per_slot < 1 or locals_per_slot > 0:
-        raise ValueError(
-            f"{method} predicts within global views and uses no local ones, got globals_per_slot={globals_per_slot} "
-            f"and locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
-        )
-
-
 def stacked_views(
     views: tuple[View, ...], stride_vox: int, method: str
 ) -> tuple[Float[Tensor, "g 1 z y x"], Float[Tensor, "g n"]]:
     """Images of all views after each other, and the measured share of their tokens; ValueError for different sizes."""
-    if len({view.image.shape for view in views}) != 1:
-        raise ValueError(f"{method} needs global views of one size, got {[tuple(v.image.shape) for v in views]}")
+    image = stacked_images(views, method)
     valid = torch.cat([view.valid for view in views])
-    return torch.cat([view.image for view in views]), token_mean(valid[:, None].float(), stride_vox)[..., 0]
+    return image, token_mean(valid[:, None].float(), stride_vox)[..., 0]

@@ -11,14 +11,21 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32
 from lungssl_backbones.encoder import token_grid
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
+from lungssl_methods.hidden_views import (
+    VisibleTokens,
+    check_global_views_only,
+    drawn_masks,
+    lung_weight,
+    stacked_images,
+)
 from lungssl_methods.losses import mae_loss
-from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks, visible_indices
+from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
 
@@ -64,12 +71,10 @@ class Mae(nn.Module):
         self.config = config
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
-        self.supports_keep = checked.supports_keep
         unit = config.mask_unit_tokens
         self.unit_tokens = max(1, MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
         width = config.decoder_width
-        self.embed = nn.Linear(checked.dim, width)
-        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.visible = VisibleTokens(checked, width)
         self.decoder = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, config.decoder_heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
@@ -84,11 +89,7 @@ class Mae(nn.Module):
 
     def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
         """Raises ValueError without global views, and with local ones, which would be made for nothing."""
-        if globals_per_slot < 1 or locals_per_slot > 0:
-            raise ValueError(
-                f"mae rebuilds global views and uses no local ones, got globals_per_slot={globals_per_slot} and "
-                f"locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
-            )
+        check_global_views_only("mae", globals_per_slot, locals_per_slot)
 
     def forward(self, batch: PairBatch, step: int) -> StepOutput:
         """Loss over hidden voxels; `loss_vs_zero` is its ratio to that of predicting 0, 1 where nothing is learned.
@@ -98,19 +99,13 @@ class Mae(nn.Module):
         Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
         """
         views = batch.global_views()
-        if len({view.image.shape for view in views}) != 1:
-            raise ValueError(f"mae needs global views of one size, got {[tuple(v.image.shape) for v in views]}")
-        image = torch.cat([view.image for view in views])
-        lung, valid = torch.cat([view.lung for view in views]), torch.cat([view.valid for view in views])
-        weight = torch.where(lung, 1.0, self.config.outside_lung_weight) * valid
-        z, y, x = image.shape[2:]
-        grid = token_grid((z, y, x), self.patch_vox)
-        # Held-out masks are the same at every evaluation, so that losses of different steps compare.
-        generator = None if self.training else torch.Generator().manual_seed(0)
+        image = stacked_images(views, "mae")
+        weight = lung_weight(views, self.config.outside_lung_weight)
         ratio, unit = self.config.mask_ratio, self.unit_tokens
-        host_mask = random_block_masks(len(image), grid, ratio=ratio, unit=unit, generator=generator)
-        mask, keep = host_mask.to(image.device), visible_indices(host_mask).to(image.device)
-        pred = self._decode(self._encode(image, mask, keep), grid)
+        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
+        mask = host_mask.to(image.device)
+        z, y, x = image.shape[2:]
+        pred = self._decode(self.visible(self.encoder, image, host_mask), token_grid((z, y, x), self.patch_vox))
         loss = self._loss(pred, image, mask, weight)
         with torch.no_grad():
             zero_loss = self._loss(torch.zeros_like(pred), image, mask, weight)
@@ -127,16 +122,6 @@ class Mae(nn.Module):
     def export_encoder(self) -> nn.Module:
         """The trained encoder."""
         return self.encoder
-
-    def _encode(
-        self, image: Float[Tensor, "b 1 z y x"], mask: Bool[Tensor, "b n"], keep: Int64[Tensor, "b k"]
-    ) -> Float[Tensor, "b n w"]:
-        """Decoder inputs: for hidden tokens the mask token, or what a convolution tells from around them."""
-        if not self.supports_keep:
-            return self.embed(self.encoder(image, mask=mask).tokens)
-        tokens = self.embed(self.encoder(image, keep=keep).tokens)
-        full = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)
-        return full.scatter(1, keep[..., None].expand_as(tokens), tokens)
 
     def _decode(self, tokens: Float[Tensor, "b n w"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:
         tokens = tokens + sincos_positions(grid, tokens.shape[-1]).to(tokens)

@@ -17,7 +17,8 @@ from lungssl_data.batch import PairBatch, StepOutput, View
 from torch import Tensor, nn
 
 from lungssl_methods.auto import RunSize, auto_momentum
-from lungssl_methods.jepa import Jepa, check_global_views_only, keeping_encoder, stacked_views
+from lungssl_methods.hidden_views import check_global_views_only
+from lungssl_methods.jepa import Jepa, keeping_encoder, stacked_views
 from lungssl_methods.latent import (
     LatentPredictor,
     latent_loss,

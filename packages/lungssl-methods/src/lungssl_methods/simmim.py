@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from lungssl_backbones.encoder import token_grid
 from lungssl_data.batch import PairBatch, StepOutput
 from lungssl_ops.patches import patchify
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
-from lungssl_methods.masking import MASK_WIDTH_VOX, random_block_masks
+from lungssl_methods.hidden_views import check_global_views_only, drawn_masks, lung_weight, stacked_images
+from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
 
@@ -55,11 +55,7 @@ class SimMim(nn.Module):
 
     def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:
         """Raises ValueError without global views, and with local ones, which would be made for nothing."""
-        if globals_per_slot < 1 or locals_per_slot > 0:
-            raise ValueError(
-                f"simmim predicts global views and uses no local ones, got globals_per_slot={globals_per_slot} and "
-                f"locals_per_slot={locals_per_slot}; set globals_per_slot to at least 1 and locals_per_slot to 0"
-            )
+        check_global_views_only("simmim", globals_per_slot, locals_per_slot)
 
     def forward(self, batch: PairBatch, step: int) -> StepOutput:
         """L1 over hidden voxels, in network input; `loss_vs_mean` is its ratio to predicting each crop's visible mean.
@@ -69,20 +65,10 @@ class SimMim(nn.Module):
         Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
         """
         views = batch.global_views()
-        if len({view.image.shape for view in views}) != 1:
-            raise ValueError(f"simmim needs global views of one size, got {[tuple(v.image.shape) for v in views]}")
-        image = torch.cat([view.image for view in views])
-        lung, valid = torch.cat([view.lung for view in views]), torch.cat([view.valid for view in views])
-        weight = torch.where(lung, 1.0, self.config.outside_lung_weight) * valid
-        z, y, x = image.shape[2:]
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        mask = random_block_masks(
-            len(image),
-            token_grid((z, y, x), self.patch_vox),
-            ratio=self.config.mask_ratio,
-            unit=self.unit_tokens,
-            generator=generator,
-        ).to(image.device)
+        image = stacked_images(views, "simmim")
+        weight = lung_weight(views, self.config.outside_lung_weight)
+        ratio, unit = self.config.mask_ratio, self.unit_tokens
+        mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training).to(image.device)
         patch = (self.patch_vox,) * 3
         target, weights = patchify(image, patch), patchify(weight[:, None], patch)
         loss = masked_l1(self.predict(self.encoder(image, mask=mask).tokens), target, mask, weights)
