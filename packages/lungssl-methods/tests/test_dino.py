@@ -351,3 +351,9 @@ def test_gram_anchoring_begins_with_the_second_part_and_keeps_an_earlier_teacher
     method.after_optimizer_step(2)
     assert torch.equal(anchor, method.anchor.get_parameter("embed.weight"))
     assert not torch.equal(anchor, method.teacher_encoder.get_parameter("embed.weight"))
+
+
+@pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan")])
+def test_a_centre_that_would_never_move_is_refused(encoder: nn.Module, momentum: float) -> None:
+    with pytest.raises(ValueError, match="centre_momentum must be at least 0 and below 1"):
+        _config(centre_momentum=momentum).build(encoder, total_steps=10)

@@ -30,6 +30,13 @@ class DistillationConfig:
     centering: Centering
     centre_momentum: float
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a momentum with which centre and moments would never move, or run away."""
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(
+                f"centre_momentum must be at least 0 and below 1, got {self.centre_momentum}; DINO has 0.9"
+            )
+
 
 class PrototypeHead(nn.Module):
     """Three-layer MLP between two standardisations, L2 normalisation, cosine to the prototypes.
