@@ -1,9 +1,9 @@
 """Alarms while a run trains: what says that features are collapsing, before the held-out loss does.
 
 The bounds were chosen after looking at small runs, not tested on others: `dino` with 64 prototypes on batches of 8
-smooth random volumes, 200 steps at learning rate 1.8e-4, a linear encoder, two seeds ("healthy"), and the same with one thing
-broken. EMA momentum 0 crossed none of them. A rate of 1e-3 took vit3d_nano's spread to 0.10 of its start, beyond the
-bound, without other signs: so the policy is to warn.
+smooth random volumes, 200 steps at learning rate 1.8e-4, a linear encoder, two seeds ("healthy"), and the same with one
+thing broken. EMA momentum 0 crossed none of them. A rate of 1e-3 took vit3d_nano's spread to 0.10 of its start, beyond
+the bound, without other signs: so the policy is to warn.
 """
 
 import math
