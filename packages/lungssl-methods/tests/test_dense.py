@@ -25,8 +25,8 @@ class PyramidEncoder(nn.Module):
     dim = 6
     supports_keep = False
     token_stride_vox = 4
-    pyramid_channels = (4, 6)
-    pyramid_strides_vox = (1, 4)
+    pyramid_channels: tuple[int, ...] = (4, 6)
+    pyramid_strides_vox: tuple[int, ...] = (1, 4)
     spacing_mm = 2.0
 
     def __init__(self) -> None:

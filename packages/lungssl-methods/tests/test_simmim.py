@@ -3,7 +3,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from lungssl_data.batch import PairBatch
+from lungssl_methods.hidden_views import drawn_masks
 from lungssl_methods.simmim import SimMim, masked_l1
+from lungssl_ops.patches import patchify
 from torch import nn
 
 MakeBatch = Callable[..., PairBatch]
@@ -32,7 +34,7 @@ def test_only_hidden_voxels_of_positive_weight_count() -> None:
     assert loss.item() == pytest.approx(float(by_hand), rel=1e-5)
 
 
-def test_hidden_voxels_reach_the_target_and_never_the_encoder(encoder: nn.Module, make_batch: MakeBatch) -> None:
+def test_the_encoder_is_told_which_tokens_are_hidden(encoder: nn.Module, make_batch: MakeBatch) -> None:
     method = build(encoder)
     batch = make_batch(2, locals_per_slot=0)
     seen: list[torch.Tensor] = []
@@ -42,7 +44,7 @@ def test_hidden_voxels_reach_the_target_and_never_the_encoder(encoder: nn.Module
     assert torch.equal(seen[0].float().mean(), output.metrics["masked_share"])
 
 
-def test_predicting_the_visible_mean_scores_one(encoder: nn.Module, make_batch: MakeBatch) -> None:
+def test_the_loss_is_the_distance_in_network_input(encoder: nn.Module, make_batch: MakeBatch) -> None:
     method = build(encoder)
     batch = make_batch(2, locals_per_slot=0)
     for view in batch.views:
@@ -51,6 +53,24 @@ def test_predicting_the_visible_mean_scores_one(encoder: nn.Module, make_batch: 
         method.predict.weight.zero_()
         method.predict.bias.fill_(0.25 + 0.1)
     assert method(batch, 0).loss.item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_predicting_the_visible_mean_scores_one(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = build(encoder)
+    batch = make_batch(1, locals_per_slot=0)
+    for view in batch.views:  # one value per patch column: the mean of what is visible depends on the mask
+        view.image.copy_(torch.rand(1, 1, 8, 12, 16))
+        view.lung.fill_(True)
+    torch.manual_seed(4)
+    image = torch.cat([view.image for view in batch.views])
+    mask = drawn_masks(image, 4, ratio=0.6, unit=1, training=True)
+    patches = patchify(image, (4, 4, 4))
+    means = [patches[row][~mask[row]].mean() for row in range(2)]
+    losses = [(patches[row][mask[row]] - means[row]).abs().mean() for row in range(2)]
+    torch.manual_seed(4)
+    output = method(batch, 0)
+    ratio = output.loss.item() / (sum(losses).item() / 2)
+    assert output.metrics["loss_vs_mean"].item() == pytest.approx(ratio, rel=1e-5)
 
 
 def test_it_learns_what_can_be_told_from_the_rest(make_batch: MakeBatch) -> None:

@@ -82,7 +82,8 @@ class Croco(nn.Module):
         self.config = config
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
-        self.unit_tokens = config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.patch_vox)
+        unit = config.mask_unit_tokens
+        self.unit_tokens = max(1, MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
         width = config.decoder_width
         self.visible = VisibleTokens(checked, width)
         self.embed_memory = nn.Linear(checked.dim, width)

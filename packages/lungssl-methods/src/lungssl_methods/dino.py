@@ -275,13 +275,14 @@ class Dino(nn.Module):
     def _mask(self, views: tuple[View, ...]) -> Bool[Tensor, "g n"]:
         """Hidden tokens of all global views, which are of one size. Held out, always the same."""
         z, y, x = views[0].image.shape[2:]
+        unit = self.config.mask_unit_tokens
         generator = None if self.training else torch.Generator().manual_seed(0)
         masks = varied_block_masks(
             sum(len(view.image) for view in views),
             token_grid((z, y, x), self.stride_vox),
             ratio=self.config.mask_ratio,
             share=self.config.mask_share,
-            unit=self.config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.stride_vox),
+            unit=max(1, MASK_WIDTH_VOX // self.stride_vox) if unit is None else unit,
             generator=generator,
         )
         return masks.to(views[0].image.device)

@@ -25,14 +25,14 @@ def dino_loss(
 
     For logits that are there anyway; `lungssl_ops.prototype_ce` gets the same from rows and prototypes without them.
     """
-    return multicrop_cross_entropy(student_logits.float() / student_temperature, teacher_probs, weight)
+    return multicrop_cross_entropy(_float32_at_least(student_logits) / student_temperature, teacher_probs, weight)
 
 
 def teacher_probs(
     logits: Float[Tensor, "*rows k"], centre: Float[Tensor, " k"], temperature: float
 ) -> Float[Tensor, "*rows k"]:
-    """softmax((logits - centre) / temperature), in float32: rounding logits to bf16 moves probabilities by 2 %."""
-    return torch.softmax((logits.float() - centre) / temperature, dim=-1)
+    """softmax((logits - centre) / temperature), float32 at least: rounding logits to bf16 moves them by 2 %."""
+    return torch.softmax((_float32_at_least(logits) - centre) / temperature, dim=-1)
 
 
 def update_centre(
@@ -76,3 +76,7 @@ def mae_loss(
     patch = (patch_vox, patch_vox, patch_vox)
     target, weight = patchify(image, patch), patchify(voxel_weight[:, None], patch)
     return masked_patch_mse(pred, target, mask, weight, norm=norm, variance_floor=variance_floor)
+
+
+def _float32_at_least(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

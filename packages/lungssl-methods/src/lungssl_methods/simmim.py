@@ -50,7 +50,8 @@ class SimMim(nn.Module):
         self.config = config
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
-        self.unit_tokens = config.mask_unit_tokens or max(1, MASK_WIDTH_VOX // self.patch_vox)
+        unit = config.mask_unit_tokens
+        self.unit_tokens = max(1, MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
         self.predict = nn.Linear(checked.dim, self.patch_vox**3)
 
     def check_views(self, *, globals_per_slot: int, locals_per_slot: int) -> None:

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightly.loss import BarlowTwinsLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss, VICRegLoss
+from lightly.loss import (  # pyright: ignore[reportMissingImports]  (not a dependency: see above)
+    BarlowTwinsLoss,
+    DINOLoss,
+    IBOTPatchLoss,
+    KoLeoLoss,
+    NTXentLoss,
+    VICRegLoss,
+)
 
 # A power of two: lightly holds the teacher's temperature in float32, which 0.04 is not exact in.
 TEACHER_TEMPERATURE = 0.0625
