@@ -4,7 +4,9 @@
 are read from both scans at corresponding places; the head sees the exhale token alone ("ventilation from one phase").
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,22 +47,25 @@ def token_air(view: View, stride_vox: int) -> TokenAir:
     )
 
 
-class _PhaseHead(nn.Module):
+class _PhaseHead(nn.Module, ABC):
     """Norm, two layers, `outputs` numbers per token of slot 0, matched against targets from both slots.
 
     The last layer starts at 0, so that the first loss is that of predicting no change.
     """
 
-    def __init__(self, dim: int, *, stride_vox: int, outputs: int) -> None:
+    name: ClassVar[str]
+    outputs: ClassVar[int]
+
+    def __init__(self, dim: int, *, stride_vox: int) -> None:
         super().__init__()
         self.stride_vox = stride_vox
-        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs))
+        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, self.outputs))
         nn.init.zeros_(self.net[-1].weight)  # pyright: ignore[reportArgumentType]
         nn.init.zeros_(self.net[-1].bias)  # pyright: ignore[reportArgumentType]
 
+    @abstractmethod
     def targets(self, exhale: TokenAir, inhale: TokenAir) -> Float[Tensor, "b n outputs"]:
         """What is predicted, of tokens at the same places."""
-        raise NotImplementedError
 
     def forward(self, batch: PairBatch, student: list[Features]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Smooth L1 over tokens with lung on both sides, and its ratio to predicting no change; 0 without any.
@@ -82,8 +87,6 @@ class _PhaseHead(nn.Module):
         number = torch.cat(weights).sum().clamp_min(1e-6)
         loss, still = torch.cat(total).sum() / number, torch.cat(zero).sum() / number
         return loss, {f"{self.name}_vs_no_change": loss.detach() / still.clamp_min(1e-6)}
-
-    name = ""
 
     @torch.no_grad()
     def _target(
@@ -110,9 +113,7 @@ class MassHead(_PhaseHead):
     """Predicts ln J, the local expansion, as conserved tissue implies it (`physics.log_jacobian_from_density`)."""
 
     name = "mass"
-
-    def __init__(self, dim: int, *, stride_vox: int) -> None:
-        super().__init__(dim, stride_vox=stride_vox, outputs=1)
+    outputs = 1
 
     def targets(self, exhale: TokenAir, inhale: TokenAir) -> Float[Tensor, "b n outputs"]:
         low = torch.finfo(torch.float32).tiny  # places without lung, which don't count
@@ -126,9 +127,7 @@ class RecruitmentHead(_PhaseHead):
     """
 
     name = "recruitment"
-
-    def __init__(self, dim: int, *, stride_vox: int) -> None:
-        super().__init__(dim, stride_vox=stride_vox, outputs=2)
+    outputs = 2
 
     def targets(self, exhale: TokenAir, inhale: TokenAir) -> Float[Tensor, "b n outputs"]:
         return torch.stack([exhale.non_aerated - inhale.non_aerated, inhale.fraction - exhale.fraction], dim=-1)
