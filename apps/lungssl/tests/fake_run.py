@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from lungssl.training.config import TrainConfig
-from lungssl.training.loop import FitResult, fit
+from lungssl.training.loop import FitResult, Probe, fit
 from lungssl.training.run_folder import RunFolder
 from lungssl_data.batch import StepOutput
 from torch import Tensor, nn
@@ -41,7 +41,14 @@ def read(index: int) -> Tensor:
 
 
 def train(
-    out: Path, *, steps: int = 20, die_at: int = -1, send: int = signal.SIGKILL, resume: bool = False, **options: object
+    out: Path,
+    *,
+    steps: int = 20,
+    die_at: int = -1,
+    send: int = signal.SIGKILL,
+    resume: bool = False,
+    probe: Probe | None = None,
+    **options: object,
 ) -> tuple[FitResult, FakeMethod]:
     """Make or continue a run; with `die_at` the process gets the signal `send` while it prepares that micro-batch."""
     config = TrainConfig(
@@ -69,6 +76,7 @@ def train(
         seed=3,
         device=torch.device("cpu"),
         evaluate=evaluate,
+        probe=probe,
     )
     return result, method
 

@@ -1,3 +1,4 @@
+import json
 import math
 from typing import Literal
 
@@ -73,6 +74,18 @@ def test_rank_and_spread_are_compared_with_their_first() -> None:
     assert rank is not None and rank.kind == "rank" and "fell from 23.3 to 4.5, below 0.5 of its start" in rank.sentence
     assert spread is not None and spread.kind == "spread"
     assert monitor.alarms == [rank, spread]
+
+
+def test_a_monitor_that_is_loaded_goes_on_as_if_it_had_not_been() -> None:
+    values = [HEALTHY | {"loss_lnk": 0.95 + 0.02 * step} for step in range(80)]
+    whole, parts = CollapseMonitor.Config().build(), CollapseMonitor.Config().build()
+    for step, metrics in enumerate(values):
+        if step == 47:
+            state = json.loads(json.dumps(parts.state()))
+            parts = CollapseMonitor.Config().build()
+            parts.load(state)
+        assert whole.step(step, metrics) == parts.step(step, metrics)
+    assert whole.alarms == parts.alarms and whole.alarms[0].kind == "loss"
 
 
 def test_an_empty_window_is_refused() -> None:

@@ -16,9 +16,10 @@ from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import save_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache
-from lungssl_data.crops import PairCrops, usable_patients
+from lungssl_data.crops import CropConfig, PairCrops, usable_patients
 from lungssl_data.views import ViewSampler
 from lungssl_methods.monitor import Evaluation, LearningCheck
+from lungssl_methods.probe_set import ProbeSet
 from torch import nn
 
 from lungssl.auto_values import settle
@@ -31,6 +32,7 @@ from lungssl.training.precision import autocast, pick_device
 from lungssl.training.progress import duration
 from lungssl.training.read_ahead import read_ahead
 from lungssl.training.run_folder import RunFolder
+from lungssl.training.watch import NotFiniteError, first_bad_modules, read_step
 
 _BUILD, _HELD_OUT = -1, -2  # places in the sequence of random draws that no micro-step has
 
@@ -45,6 +47,8 @@ class Pretraining:
     sampler: ViewSampler
     held_out: list[CropBatch]
     """The same crops at every evaluation."""
+    probed: list[CropBatch]
+    """Crops of the same patients for the probe set, which say what corresponds where the cache knows it."""
     held_out_split: str
     """`val`, or `train` where the cache has no val patients."""
     fingerprint: str
@@ -74,6 +78,24 @@ class Pretraining:
                 for name, value in self.method(views, step).metrics.items():
                     totals[name] = totals.get(name, 0.0) + float(value) / len(self.held_out)
         return totals
+
+    def probe_set(self) -> Callable[[], dict[str, float]] | None:
+        """Figures of plain held-out views by the exported encoder, against the encoder as it is now."""
+        if not self.probed:
+            return None
+        precision = self.recipe.train.precision
+
+        def encoder() -> nn.Module:
+            return self.method.export_encoder()  # pyright: ignore[reportCallIssue, reportReturnType]
+
+        with autocast(self.device, precision):
+            probe = ProbeSet([self.sampler.plain(crops.to(self.device)) for crops in self.probed], encoder())
+
+        def figures() -> dict[str, float]:
+            with autocast(self.device, precision):
+                return probe.figures(encoder())
+
+        return figures
 
     def describe(self) -> str:
         """One line: patients, batch, parameters, device."""
@@ -111,13 +133,18 @@ def build_pretraining(
     split = "val" if usable_patients(cache, recipe.data, "val") else "train"
     # A cache of their own: open files are not to be shared with the thread that reads ahead. Seed 0 for every run, so
     # that runs with different seeds are judged on the same crops.
-    judged = PairCrops(PairCache(data), recipe.data, split=split, seed=0) if train.eval_batches else None
+
+    def held_out(data_config: CropConfig) -> list[CropBatch]:
+        judged = PairCrops(PairCache(data), data_config, split=split, seed=0)
+        return [judged.batch(index, train.batch) for index in range(train.eval_batches)]
+
     return Pretraining(
         recipe=recipe,
         method=method.to(where),
         crops=PairCrops(cache, recipe.data, split="train", seed=recipe.seed),
         sampler=recipe.views.build(),
-        held_out=[judged.batch(index, train.batch) for index in range(train.eval_batches)] if judged else [],
+        held_out=held_out(recipe.data),
+        probed=held_out(dataclasses.replace(recipe.data, correspondences=True)),
         held_out_split=split,
         fingerprint=cache.fingerprint(),
         device=where,
@@ -209,17 +236,23 @@ def pretrain(
     if parts.held_out_split == "train" and parts.held_out:
         run.say("WARNING: the cache has no val patients of these phases; held-out figures are of training patients")
     started = time.perf_counter()
-    result = fit(
-        parts.method,
-        read=parts.read,
-        prepare=parts.prepare,
-        config=parts.recipe.train,
-        run=run,
-        seed=recipe.seed,
-        device=parts.device,
-        evaluate=parts.evaluate if parts.held_out else None,
-    )
+    try:
+        result = fit(
+            parts.method,
+            read=parts.read,
+            prepare=parts.prepare,
+            config=parts.recipe.train,
+            run=run,
+            seed=recipe.seed,
+            device=parts.device,
+            evaluate=parts.evaluate if parts.held_out else None,
+            probe=parts.probe_set(),
+        )
+    except NotFiniteError as error:
+        run.say(f"to see where: lungssl pretrain {out / 'config.yaml'} --data {data} --replay {error.kept}")
+        raise
     summary: dict[str, Any] = {"step": result.step, "stopped_by": result.stopped_by, "data": parts.fingerprint}
+    summary["alarms"] = list(result.alarms)
     if result.stopped_by is None:
         export = run.export / "encoder.safetensors"
         extra = {"method": recipe.method.name if recipe.method else "", "steps": str(result.step)}
@@ -230,6 +263,46 @@ def pretrain(
     summary["seconds"] = round(time.perf_counter() - started, 1)
     run.write_summary(summary)
     return summary
+
+
+def replay(recipe: Recipe, kept: Path, *, data: Path, device: str = "auto") -> str:
+    """Repeat a step that gave no number, up to it; returns what happened, with the first parts that made it.
+
+    `recipe` is the run's config.yaml and `kept` a file of its `nan` folder. Raises DataError for another file,
+    ConfigError where it is of another model.
+    """
+    found = read_step(kept)
+    parts = build_pretraining(recipe, data, device=device, recorded=recipe.as_dict())
+    method, train = parts.method, parts.recipe.train
+    try:
+        method.load_state_dict(found.state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--replay {kept}: of another model than {recipe.backbone.name} ({reason})") from error
+    method.train()
+    bad, hooks = first_bad_modules(method)
+    lines = [f"step {found.step + 1}: {found.what} was {found.value}"]
+    for index in range(found.step * train.accumulate, found.index + 1):
+        torch.manual_seed(micro_seed(parts.recipe.seed, index))
+        views = parts.prepare(parts.read(index), index)
+        with autocast(parts.device, train.precision):
+            output = method(views, found.step)
+        lines.append(f"micro-batch {index}: loss {float(output.loss.detach()):.6g}")
+        for view in views.views:
+            if not bool(view.image.isfinite().all()):
+                lines.append(f"  a {view.kind} view of slot {view.slot} holds values that are no numbers")
+        output.loss.backward()
+    for hook in hooks:
+        hook.remove()
+    if bad:
+        lines.append(f"first part whose output is no number: {bad[0]}" + (f" ({len(bad)} in all)" if bad[1:] else ""))
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    no_number = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+    lines.append(
+        f"{len(no_number)} of {len(gradients)} gradients are no numbers"
+        + (f": {no_number[0]} ..." if no_number else "")
+    )
+    return "\n".join(lines)
 
 
 def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

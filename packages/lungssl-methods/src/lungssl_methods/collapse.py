@@ -9,11 +9,10 @@ the bound, without other signs: so the policy is to warn.
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Kind = Literal["nan", "certain", "uniform", "constant", "rank", "spread", "loss"]
-Policy = Literal["warn", "stop", "rollback"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,6 @@ class CollapseMonitor:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        policy: Policy = "warn"
-        """What the training loop is to do on an alarm; the monitor only carries it."""
         grace: int = 50
         """First steps in which only NaN counts: centre and moments settle. A healthy entropy began at 0.07 ln k."""
         window: int = 20
@@ -66,7 +63,7 @@ class CollapseMonitor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.alarms: list[Alarm] = []
-        """All that were raised, in order."""
+        """The first of each kind, in order."""
         self._recent: dict[str, _Recent] = {}
         self._first: dict[str, float] = {}
 
@@ -133,8 +130,24 @@ class CollapseMonitor:
 
     def _raise(self, kind: Kind, sentence: str, step: int) -> Alarm:
         alarm = Alarm(kind=kind, sentence=f"{sentence} (step {step})", step=step)
-        self.alarms.append(alarm)
+        if kind not in {known.kind for known in self.alarms}:
+            self.alarms.append(alarm)
         return alarm
+
+    def state(self) -> dict[str, Any]:
+        """All that decides what comes next, as plain values: `load` of it continues as if nothing had been."""
+        return {
+            "recent": {name: list(recent.values) for name, recent in self._recent.items()},
+            "first": dict(self._first),
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        window = self.config.window
+        self._recent = {name: _Recent(deque(values, maxlen=window)) for name, values in state["recent"].items()}
+        self._first = dict(state["first"])
+        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
 
 
 @dataclass

@@ -166,7 +166,7 @@ class Dino(nn.Module):
         The student has learned to match the teacher where the KL is small; with small loss and entropy near 0, or
         entropy near 1, it has collapsed. `embedding_std` is the spread of L2-normalised embeddings times sqrt(dim): 1
         for directions all over the sphere, 0 where every crop looks the same. `patch_loss_lnk` is iBOT's, per hidden
-        token.
+        token. In `eval()`, `prototypes_used` is the perplexity of the mean target.
         """
         config = self.config
         weight = pair_weight(batch, config.pairs)
@@ -182,12 +182,8 @@ class Dino(nn.Module):
             "teacher_temperature": temperature,
             "frozen": step < config.freeze_prototypes * self.total_steps,
         }
-        loss, teacher_entropy = self.summary(
-            self.summary_part(embeddings),
-            self.summary_part(torch.stack([one.embedding() for one in teacher])),
-            weight,
-            **distil,
-        )
+        targets = self.summary_part(torch.stack([one.embedding() for one in teacher]))
+        loss, teacher_entropy = self.summary(self.summary_part(embeddings), targets, weight, **distil)
         with torch.no_grad():
             teacher_share = weight.sum(dim=0) / weight.sum()
             entropy = (teacher_share * teacher_entropy).sum()
@@ -201,6 +197,8 @@ class Dino(nn.Module):
                 "ema_momentum": torch.tensor(self.momentum(step)),
                 "teacher_temperature": torch.tensor(temperature),
             }
+            if not self.training:
+                metrics["prototypes_used"] = self.summary.prototypes_used(targets, temperature)
         total = loss
         if mask is not None:
             patch = self._patch_loss(student, teacher, mask, distil)

@@ -169,6 +169,16 @@ class Distillation(nn.Module):
         )
         return loss, entropy
 
+    @torch.no_grad()
+    def prototypes_used(self, teacher: Float[Tensor, "t b d"], temperature: float) -> Float32[Tensor, ""]:
+        """exp of the entropy of the mean target over these rows: 1 where one prototype takes all of them.
+
+        It makes all targets at once, so it is for held-out batches.
+        """
+        rows, prototypes = self.teacher.rows(teacher, self.moments).flatten(0, 1), self.teacher.directions()
+        logits = rows.float() @ prototypes.T / temperature + self._bias(rows[None], prototypes, temperature)
+        return torch.special.entr(logits.softmax(dim=-1).mean(dim=0)).sum().exp()
+
     def unbiased_centre(self) -> Float32[Tensor, " k"]:
         """The centre without its start-up bias towards 0, as Adam's averages: right from the first update on.
 

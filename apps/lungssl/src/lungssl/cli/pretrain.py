@@ -18,6 +18,10 @@ def pretrain(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build all, make two steps, print time and memory, write nothing.")
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="A step that gave no number (<run>/nan/*): repeat it, print where; writes nothing."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Pretrain an encoder without labels.
@@ -27,7 +31,7 @@ def pretrain(
     from lungssl.config import load_recipe
     from lungssl.errors import ConfigError
 
-    if out is None and not dry_run:
+    if out is None and not dry_run and replay is None:
         raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one")
@@ -41,7 +45,9 @@ def pretrain(
         from lungssl.cohort import builtin_cohort
 
         data = builtin_cohort(say=lambda line: print(line, file=sys.stderr))
-    if dry_run:
+    if replay is not None:
+        print(pretraining.replay(resolved, replay, data=data, device=device))
+    elif dry_run:
         print(pretraining.dry_run(resolved, data=data, device=device))
     elif out is not None:
         pretraining.pretrain(resolved, data=data, out=out, device=device, resume=resume, overwrite=overwrite)

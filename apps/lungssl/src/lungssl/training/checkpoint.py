@@ -2,7 +2,7 @@
 
     model.safetensors      the module's state: weights, teacher, centres, every buffer
     optimizer.safetensors  `<parameter index>/<name>` for AdamW's moments and counters, `rng/cpu`, `rng/cuda`
-    state.json             step, parameter count, format, SHA-256 of the two files above
+    state.json             step, parameter count, format, SHA-256 of the two files above, what `watch` knows
 
 No pickle. Written to a temporary folder, each file synced, then renamed; a reader checks the hashes.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,16 @@ from lungssl.errors import ConfigError, DataError
 FORMAT_VERSION = 1
 
 
-def save_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
-    """Write `folder/step_<step>` and drop all but the `keep` newest checkpoints."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+    watch: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `folder/step_<step>` and drop all but the `keep` newest checkpoints. `watch`: plain values to add."""
     target = folder / f"step_{step}"
     temporary = folder / f".step_{step}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -35,7 +43,7 @@ def save_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch
     model = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     save_file(model, temporary / "model.safetensors")
     save_file(_optimizer_tensors(optimizer) | _rng_tensors(), temporary / "optimizer.safetensors")
-    state: dict[str, Any] = {"format": FORMAT_VERSION, "step": step}
+    state: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "watch": dict(watch or {})}
     state["parameters"] = sum(len(group["params"]) for group in optimizer.param_groups)
     state["sha256"] = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
     (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -57,7 +65,12 @@ def checkpoints(folder: Path) -> list[Path]:
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     found = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done, of the folder's name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def problem(checkpoint: Path) -> str | None:
@@ -108,6 +121,11 @@ def load_checkpoint(checkpoint: Path, module: nn.Module, optimizer: torch.optim.
         if "rng/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng/cuda"])
     return int(state["step"])
+
+
+def watch_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `watch`; empty for checkpoints of before there was one."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("watch", {})
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+OnCollapse = Literal["warn", "stop", "rollback"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -44,6 +46,9 @@ class TrainConfig:
     """Steps between checkpoints; there is one after the last step."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; two, so that a damaged one has a predecessor."""
+    on_collapse: OnCollapse = "warn"
+    """On an alarm: `warn` says it once a kind; `stop` ends the run; `rollback` goes back to the last checkpoint with
+    half the learning rate, at most three times. A step without a number ends the run but for `rollback`."""
     workers: int = 0
     """Processes that read crops; 0: one thread, enough on a CPU."""
 
@@ -68,6 +73,15 @@ class TrainConfig:
 
 RESUME_MAY_CHANGE = frozenset(
     f"train.{name}"
-    for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "workers", "compile")
+    for name in (
+        "steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "workers",
+        "compile",
+        "on_collapse",
+    )
 )
 """Keys that a resumed run may set otherwise than it was started with."""

@@ -7,10 +7,11 @@ the CPU with the same number of threads.
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lungssl_backbones.param_groups import param_groups
@@ -19,7 +20,14 @@ from lungssl_methods.schedules import warmup_cosine
 from torch import nn
 
 from lungssl.errors import TrainingError
-from lungssl.training.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from lungssl.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_valid,
+    save_checkpoint,
+    step_of,
+    watch_state,
+)
 from lungssl.training.config import TrainConfig
 from lungssl.training.logs import MetricsLog
 from lungssl.training.precision import autocast
@@ -27,9 +35,21 @@ from lungssl.training.progress import Progress, shown
 from lungssl.training.read_ahead import read_ahead
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.stop import StopRequest
+from lungssl.training.watch import (
+    MOST_ROLLBACKS,
+    RATE_AFTER_ROLLBACK,
+    NotFiniteError,
+    RollbackError,
+    Watch,
+    buffers_of,
+    keep_step,
+)
 
 Evaluate = Callable[[int], Mapping[str, float]]
 """Held-out figures after so many steps; it may put the module into eval mode."""
+
+Probe = Callable[[], Mapping[str, float]]
+"""Figures of a probe set, by the weights as they are."""
 
 
 class Trainable(Protocol):
@@ -44,6 +64,15 @@ class Trainable(Protocol):
         ...
 
 
+@runtime_checkable
+class Forgets(Protocol):
+    """A part of a module that counts over the micro-steps of a step."""
+
+    def forget(self) -> None:
+        """Drop what was counted since the last step."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
     """How a run ended."""
@@ -52,6 +81,8 @@ class FitResult:
     """Optimizer steps done."""
     stopped_by: str | None
     """Signal or file that ended it early, None where all steps were made."""
+    alarms: tuple[str, ...] = ()
+    """What the collapse monitor said, once a kind."""
 
 
 def fit(
@@ -64,50 +95,116 @@ def fit(
     seed: int,
     device: torch.device,
     evaluate: Evaluate | None = None,
+    probe: Probe | None = None,
 ) -> FitResult:
     """Train `module` (a `Trainable` on `device`) from the newest checkpoint of `run` to `config.steps`.
 
     `read(index)` gives micro-batch `index` on the CPU, in a background thread or process; `prepare(batch, index)` makes
-    of it what the module is called with. Raises TrainingError where loss or gradient is not finite, KeyboardInterrupt
-    after Ctrl-C; in both cases the last checkpoint stays.
+    of it what the module is called with. `probe` is called with each held-out evaluation. Raises NotFiniteError, a
+    TrainingError, where loss or gradient is no number, TrainingError on an alarm as `config.on_collapse` has it, and
+    KeyboardInterrupt after Ctrl-C; in all cases the last checkpoint stays.
     """
+    rollbacks: list[int] = []
+    watch = Watch(config.on_collapse, say=run.say)
+    while True:
+        try:
+            return _fit(module, read, prepare, config, run, seed, device, evaluate, probe, watch, resumed=not rollbacks)
+        except RollbackError as alarm:
+            start, reason = _go_back(run, rollbacks), str(alarm)
+            if len(rollbacks) > MOST_ROLLBACKS:
+                raise TrainingError(
+                    f"{reason}; after {MOST_ROLLBACKS} returns to a checkpoint with half the rate each time it came "
+                    f"again. Lower train.lr, or look at the data"
+                ) from alarm
+            watch.rate_scale *= RATE_AFTER_ROLLBACK
+            run.say(f"WARNING: {reason}; back to step {start} with learning rates times {watch.rate_scale:g}")
+            for part in module.modules():
+                if isinstance(part, Forgets):  # counts of a step that was left in its middle
+                    part.forget()
+
+
+def _fit(
+    module: nn.Module,
+    read: Callable[[int], Any],
+    prepare: Callable[[Any, int], Any],
+    config: TrainConfig,
+    run: RunFolder,
+    seed: int,
+    device: torch.device,
+    evaluate: Evaluate | None,
+    probe: Probe | None,
+    watch: Watch,
+    *,
+    resumed: bool,
+) -> FitResult:
+    """From the newest checkpoint to the end, or to an alarm that RollbackError tells."""
     optimizer = make_optimizer(module, config)
     checkpoint = newest_valid(run.checkpoints, say=run.say)
-    start = 0 if checkpoint is None else load_checkpoint(checkpoint, module, optimizer)
-    if start:
+    start = 0
+    if checkpoint is not None:
+        start = load_checkpoint(checkpoint, module, optimizer)
+        watch.load(watch_state(checkpoint), rate_too=resumed)
+    if start and resumed:
         run.say(f"resuming after step {start}")
     stream = read_ahead(read, start * config.accumulate, config.steps * config.accumulate, workers=config.workers)
-    log = MetricsLog(run.metrics, run.tensorboard, after_step=start)
+    log = MetricsLog(run.metrics, run.tensorboard, after_step=start if checkpoint is not None else -1)
     progress = Progress(config.steps, start, say=run.say, note=run.note)
     done, reason = start, None
 
     def held_out() -> None:
-        if evaluate is not None:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                figures = evaluate(done)
-            module.train()
-            log.write(done, {f"val/{name}": value for name, value in figures.items()})
-            progress.interrupt(f"held-out after step {done}: {shown(figures)}")
+        if evaluate is None:
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            figures = evaluate(done)
+            probed = probe() if probe is not None else {}
+        module.train()
+        log.write(
+            done, {f"val/{name}": v for name, v in figures.items()} | {f"probe/{n}": v for n, v in probed.items()}
+        )
+        progress.interrupt(f"held-out after step {done}: {shown(figures)}")
+        watch.probe(done, probed)
+
+    def checkpoint_now() -> None:
+        log.sync()
+        state = watch.state()
+        save_checkpoint(run.checkpoints, done, module, optimizer, keep=config.keep_checkpoints, watch=state)
 
     try:
         with StopRequest(run.stop) as stop:
             module.train()
-            if start == 0:
+            if checkpoint is None:
                 held_out()
+                if config.on_collapse == "rollback":
+                    checkpoint_now()
             while done < config.steps and reason is None:
-                values, timing = train_step(
-                    module, optimizer, stream, prepare, step=done, config=config, seed=seed, device=device
-                )
+                before = buffers_of(module)
+                try:
+                    values, timing = train_step(
+                        module,
+                        optimizer,
+                        stream,
+                        prepare,
+                        step=done,
+                        config=config,
+                        seed=seed,
+                        device=device,
+                        rate_scale=watch.rate_scale,
+                    )
+                except NotFiniteError as error:
+                    error.kept = keep_step(run.nan, error, module, before)
+                    if config.on_collapse == "rollback":
+                        raise RollbackError(f"{error.what} is {error.value} at step {error.step + 1}") from error
+                    raise
                 done += 1
                 reason = stop.reason
                 progress.update(done, values, timing["data_wait_s"])
                 if done % config.log_every == 0 or done == config.steps:
                     log.write(done, values, timing)
+                watch.step(done, values)
                 if done % config.eval_every == 0 or done == config.steps:
                     held_out()
                 if done % config.checkpoint_every == 0 or done == config.steps or reason is not None:
-                    log.sync()
-                    save_checkpoint(run.checkpoints, done, module, optimizer, keep=config.keep_checkpoints)
+                    checkpoint_now()
     finally:
         stream.close()
         log.close()
@@ -116,7 +213,17 @@ def fit(
         run.say(f"stopped by {reason} after step {done}, checkpoint written; continue with --resume")
     if reason == "SIGINT":
         raise KeyboardInterrupt
-    return FitResult(step=done, stopped_by=reason if done < config.steps else None)
+    alarms = tuple(alarm.sentence for alarm in watch.alarms)
+    return FitResult(step=done, stopped_by=reason if done < config.steps else None, alarms=alarms)
+
+
+def _go_back(run: RunFolder, rollbacks: list[int]) -> int:
+    """The step of the checkpoint to return to, noted in `rollbacks`; one that led to an alarm twice is dropped."""
+    found = checkpoints(run.checkpoints)
+    if len(found) > 1 and step_of(found[-1]) in rollbacks:
+        shutil.rmtree(found.pop())
+    rollbacks.append(step_of(found[-1]))
+    return rollbacks[-1]
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -135,11 +242,16 @@ def train_step(
     config: TrainConfig,
     seed: int,
     device: torch.device,
+    rate_scale: float = 1.0,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """One optimizer step over `config.accumulate` micro-batches; returns mean figures and timing."""
+    """One optimizer step over `config.accumulate` micro-batches; returns mean figures and timing.
+
+    Raises NotFiniteError before any weight has moved.
+    """
     started = time.perf_counter()
     waited = 0.0
     lr, weight_decay = _scheduled(step, config)
+    lr *= rate_scale
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay if group["decays"] else 0.0
     optimizer.zero_grad(set_to_none=True)
@@ -154,14 +266,14 @@ def train_step(
             output: StepOutput = module(inputs, step)
         figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}
         if not math.isfinite(figures["loss"]):
-            raise TrainingError(_not_finite("loss", figures["loss"], step))
+            raise NotFiniteError("loss", figures["loss"], step=step, index=index)
         (output.loss / config.accumulate).backward()
         for name, value in figures.items():
             values[name] = values.get(name, 0.0) + value / config.accumulate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
     if not math.isfinite(norm):
-        raise TrainingError(_not_finite("gradient norm", norm, step))
+        raise NotFiniteError("gradient norm", norm, step=step, index=index)
     optimizer.step()
     module.after_optimizer_step(step)  # pyright: ignore[reportCallIssue] (Trainable, also an nn.Module)
     values |= {"lr": lr, "weight_decay": weight_decay, "grad_norm": norm}
@@ -187,10 +299,3 @@ def _scheduled(step: int, config: TrainConfig) -> tuple[float, float]:
         step, base=config.weight_decay, final=config.final_weight_decay, warmup_steps=0, total_steps=config.steps
     )
     return lr, decay
-
-
-def _not_finite(what: str, value: float, step: int) -> str:
-    return (
-        f"{what} is {value} at step {step + 1}; the weights of that step were discarded, earlier checkpoints stay. "
-        f"Lower train.lr or raise train.warmup, or try train.precision=fp32"
-    )

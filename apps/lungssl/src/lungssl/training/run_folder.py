@@ -7,6 +7,7 @@ metrics.jsonl    one line per logged step; see `logs.py`
 tb/              the same for TensorBoard
 checkpoints/     step_<n>/; see `checkpoint.py`
 export/          what others load: the encoder's weights
+nan/             steps that gave no number, to be replayed; see `watch.py`
 summary.json     final figures and verdict
 report.html      pictures, where a command makes them
 STOP             make this file to have the run checkpoint and end
@@ -30,7 +31,7 @@ from lungssl.errors import ConfigError
 from lungssl.training.config import RESUME_MAY_CHANGE
 
 _OURS = (
-    *("config.yaml", "env.json", "train.log", "metrics.jsonl", "tb", "checkpoints", "export", "summary.json"),
+    *("config.yaml", "env.json", "train.log", "metrics.jsonl", "tb", "checkpoints", "export", "nan", "summary.json"),
     *("report.html", "STOP"),
 )
 _RECORDED = ("torch", "numpy", "triton", "pydantic", "h5py", "hdf5plugin", "safetensors", "monai", "simpleitk")
@@ -45,6 +46,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tb"
         self.export = path / "export"
+        self.nan = path / "nan"
         self.stop = path / "STOP"
 
     @classmethod
