@@ -12,10 +12,11 @@ import yaml
 from lungssl.cli import main
 from lungssl.config import Recipe, load_recipe
 from lungssl.errors import ConfigError, DataError
-from lungssl.pretraining import Pretraining, build_pretraining, judge, pretrain
+from lungssl.pretraining import Pretraining, build_pretraining, judge, pretrain, replay
 from lungssl.training.logs import read_metrics
+from lungssl.training.watch import NotFiniteError
 from lungssl_backbones.weights import load_encoder
-from lungssl_data.batch import CropBatch
+from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import write_pair
 from lungssl_data.pair import PhasePair, PhaseScan
 from safetensors.torch import load_file
@@ -263,3 +264,49 @@ def test_what_the_runs_size_decides_is_found_with_its_reason_and_kept_by_a_longe
     assert "method.prototypes: 64  (as the run that is resumed has it)" in parts.reasons
     anew = build_pretraining(longer, cache).recipe.method
     assert anew is not None and anew.config.prototypes == 256
+
+
+def test_a_step_without_a_number_is_replayed_from_its_file(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    healthy = Pretraining.prepare
+
+    def poisoned(self: Pretraining, crops: CropBatch, index: int) -> PairBatch:
+        batch = healthy(self, crops, index)
+        if index == 3:
+            batch.views[0].image[0, 0, 2, 2, 2] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Pretraining, "prepare", poisoned)
+    recipe = _recipe("mae_resenc_tiny")
+    with pytest.raises(NotFiniteError, match="loss is nan at step 4"):
+        pretrain(recipe, data=cache, out=tmp_path / "run")
+    kept = tmp_path / "run/nan/step_4.safetensors"
+    assert f"--replay {kept}" in capsys.readouterr().err
+    arguments = ["pretrain", str(tmp_path / "run/config.yaml"), "--data", str(cache), "--replay", str(kept)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "step 4: loss was nan" in said and "micro-batch 3: loss nan" in said
+    assert "a global view of slot 0 holds values that are no numbers" in said
+    # The step itself is repeated: with what was read healed, its loss is that of a run without the fault.
+    monkeypatch.setattr(Pretraining, "prepare", healthy)
+    assert main(arguments) == 0
+    again = capsys.readouterr().out
+    pretrain(recipe, data=cache, out=tmp_path / "sound")
+    loss = next(
+        line["loss"] for line in read_metrics(tmp_path / "sound/metrics.jsonl") if line["step"] == 4 if "lr" in line
+    )
+    assert f"micro-batch 3: loss {loss:.6g}" in again and "0 of" in again
+    other = _recipe("dino_resenc_tiny")
+    with pytest.raises(ConfigError, match="of another model than"):
+        replay(other, kept, data=cache)
+
+
+def test_held_out_lines_hold_the_figures_of_the_probe_set(cache: Path, tmp_path: Path) -> None:
+    summary = pretrain(_recipe("dino_vit_nano"), data=cache, out=tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "val/loss" in line]
+    assert len(lines) == 4 and summary["alarms"] == []
+    for line in lines:
+        assert line["probe/effective_rank"] > 1 and 0 <= line["probe/embedding_std"] <= 1
+        assert 1 <= line["val/prototypes_used"] <= 32
+    assert lines[0]["probe/patch_gram_drift"] == 0 < lines[-1]["probe/patch_gram_drift"]
