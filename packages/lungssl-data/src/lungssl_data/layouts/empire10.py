@@ -96,7 +96,7 @@ def offset_hu(path: Path) -> int:
         x, y, z = reader.GetSize()
         reader.SetExtractIndex([0, 0, z // 2])
         reader.SetExtractSize([x, y, 1])
-        values = sitk.GetArrayViewFromImage(reader.Execute())
+        values = sitk.GetArrayFromImage(reader.Execute())  # not a view: the image ends with this line
     except (RuntimeError, ValueError) as error:
         raise CacheError(f"{path.name}: damaged or no 3-D scan; copy it again") from error
     off = {}
