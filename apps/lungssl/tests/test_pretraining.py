@@ -35,6 +35,7 @@ RECIPES = {
     "paired_dense_resenc_tiny": TINY,
     "mae_vit_nano": [*MAE, "backbone.dim=48", "method.mask_unit_tokens=1"],
     "mae_resenc_tiny": [*MAE, "method.mask_unit_tokens=1"],
+    "spark_resenc_tiny": [*TINY, "method.decoder_width=16", "method.mask_unit_tokens=1"],
 }
 
 

@@ -16,7 +16,7 @@ MakeBatch = Callable[..., PairBatch]
 SIZES = {"global_size": (32, 32, 32), "local_size": (16, 16, 16)}
 
 
-NEEDS = {"jepa": "vit3d_nano", "phase_jepa": "vit3d_nano"}
+NEEDS = {"jepa": "vit3d_nano", "phase_jepa": "vit3d_nano", "spark": "resenc_tiny"}
 BACKBONES = ("vit3d_nano", "resenc_tiny")
 
 

@@ -13,7 +13,7 @@ from lungssl_methods.auto import BaseRate
 from lungssl_methods.method import LocalGather, Method
 from torch import nn
 
-NEEDS = {"jepa": "vit3d_nano", "phase_jepa": "vit3d_nano"}
+NEEDS = {"jepa": "vit3d_nano", "phase_jepa": "vit3d_nano", "spark": "resenc_tiny"}
 """Methods that work with one kind of backbone only, and the one that their error names."""
 
 

@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "vicreg": "lungssl_methods.vicreg:VicReg",
     "vox2vec": "lungssl_methods.vox2vec:Vox2Vec",
     "simmim": "lungssl_methods.simmim:SimMim",
+    "spark": "lungssl_methods.spark:Spark",
     "jepa": "lungssl_methods.jepa:Jepa",
     "phase_jepa": "lungssl_methods.phase_jepa:PhaseJepa",
 }
