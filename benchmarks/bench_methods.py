@@ -1,0 +1,307 @@
+"""What each method's features know of places: landmarks of one phase looked up in the other, on held-out phantoms.
+
+Run: uv run python benchmarks/bench_methods.py [--methods dino,mae] [--rhos 1,0.5] [--seeds 0] [--minutes 8] [--quick]
+
+Phantoms of 3 mm, split by patient: methods are trained on `train` for the same number of minutes each, with the recipe
+below, and judged on `test`. Exhale landmarks (forks of airways and vessels, and places between) are looked up among all
+lung points of inhale on a 4 mm grid by the cosine of their features; the error is the distance to the true place, a
+patient's figure the mean over its landmarks. Beside it: the grid's own error, the nearest point by the coarse affine
+(position only), and the same encoder untrained. A run that is in the results is not repeated, but for `--again`.
+The last line is one JSON object; `checks` say which runs beat their untrained encoder, by the 95 % interval of the
+paired bootstrap over patients. `--quick`: 12 phantoms of 6 mm, 6 seconds a run, to another file.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from lungssl import pretraining
+from lungssl.cohort import CohortConfig, builtin_cohort, preset_of
+from lungssl.config import Recipe, load_recipe
+from lungssl_backbones.encoder import Encoder
+from lungssl_backbones.weights import load_encoder
+from lungssl_data.cache import PairCache
+from lungssl_data.pair import PhaseScan
+from lungssl_data.phantom import PhantomConfig, make_phantom
+from lungssl_data.views import scale_hu
+from lungssl_methods.budget import step_budget
+from lungssl_methods.correspondence import features_at
+from lungssl_ops.measure import commit, machine
+from torch import Tensor, nn
+
+GRID_MM = 4.0
+PATIENTS = 53
+"""Of which the hash puts 32 into `train` and 13 into `test`."""
+TEST_PATIENTS = 8
+"""Of `test`: as many as keep looking up shorter than training."""
+VIT = {"backbone": {"name": "vit3d_nano", "patch_vox": 4}}
+RESENC = {"backbone": {"name": "resenc_tiny"}}
+CROPS = {"data": {"phases": "both", "crop_vox": [40, 40, 40], "jitter_mm": 6}}
+WHOLE = {**CROPS, "views": {"global_vox": 32, "locals_per_slot": 0}}
+TWO = {**CROPS, "views": {"global_vox": 32, "globals_per_slot": 2, "locals_per_slot": 0}}
+MULTI = {**CROPS, "views": {"global_vox": 32, "local_vox": 16, "locals_per_slot": 2}}
+HEAD = {"prototypes": "auto", "head_hidden": 256, "head_bottleneck": 64, "momentum": 0.996}
+DECODER = {"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
+RECIPES: dict[str, dict[str, Any]] = {
+    "dino": {**MULTI, **VIT, "method": {"name": "dino", **HEAD}},
+    "phase_dino": {**MULTI, **VIT, "method": {"name": "phase_dino", **HEAD}},
+    "mae": {**WHOLE, **VIT, "method": {"name": "mae", "mask_unit_tokens": 2, **DECODER}},
+    "simmim": {**WHOLE, **VIT, "method": {"name": "simmim", "mask_unit_tokens": 2}},
+    "jepa": {**WHOLE, **VIT, "method": {"name": "jepa"}},
+    "phase_jepa": {**WHOLE, **VIT, "method": {"name": "phase_jepa"}},
+    "croco": {**WHOLE, **VIT, "method": {"name": "croco", "mask_unit_tokens": 2, **DECODER, "decoder_width": 192}},
+    "simclr": {**WHOLE, **VIT, "method": {"name": "simclr"}},
+    "vicreg": {**WHOLE, **VIT, "method": {"name": "vicreg"}},
+    "vox2vec": {**TWO, **RESENC, "method": {"name": "vox2vec"}},
+    "paired_dense": {**TWO, **RESENC, "method": {"name": "paired_dense"}},
+    "spark": {**WHOLE, **RESENC, "method": {"name": "spark", "decoder_width": 64}},
+}
+"""Sizes of the shipped small recipes, brought to one crop for all; learning rates are `auto`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestPair:
+    """A held-out phantom's scans and points, LPS mm."""
+
+    exhale: PhaseScan
+    inhale: PhaseScan
+    query_mm: Tensor
+    truth_mm: Tensor
+    affine: Tensor
+    """[3, 4], exhale mm to inhale mm."""
+    candidates_mm: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(RECIPES))
+    parser.add_argument("--rhos", default="1,0.5", help="shares of texture that the phases have in common")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training a run, on this machine")
+    parser.add_argument("--batch", type=int, default=6, help="patients a step")
+    parser.add_argument("--again", action="store_true", help="repeat runs that are in the results")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    methods = options.methods.split(",")
+    if unknown := set(methods) - set(RECIPES):
+        parser.error(f"unknown methods {sorted(unknown)}; known: {', '.join(RECIPES)}")
+    results = Path(__file__).parent / "results" / ("methods_quick.json" if options.quick else "methods.json")
+    rows = json.loads(results.read_text())["rows"] if results.is_file() and not options.quick else []
+    for rho in map(float, options.rhos.split(",")):
+        size = {"patients": 12, "spacing_mm": 6.0} if options.quick else {"patients": PATIENTS, "spacing_mm": 3.0}
+        data = builtin_cohort(CohortConfig(texture_rho=rho, **size))
+        pairs = test_pairs(data, rho)
+        baselines = position_only(pairs)
+        for seed in map(int, options.seeds.split(",")):
+            for name in methods:
+                about = {"method": name, "rho": rho, "seed": seed}
+                known = [row for row in rows if all(row[key] == value for key, value in about.items())]
+                if known and not options.again:
+                    continue
+                minutes = 0.1 if options.quick else options.minutes
+                row = about | baselines | one_run(name, seed, data, pairs, minutes=minutes, batch=options.batch)
+                rows = [*(row for row in rows if row not in known), row]
+                write(results, rows)
+                print(sentence(row), flush=True)
+    print(table(rows))
+    print(json.dumps(write(results, rows)))
+
+
+def one_run(name: str, seed: int, data: Path, pairs: list[TestPair], *, minutes: float, batch: int) -> dict[str, Any]:
+    """Train, then look landmarks up; both with the steps that fit into the time."""
+    recipe = small_recipe(name, seed=seed, steps=4, batch=batch)
+    parts = pretraining.build_pretraining(recipe, data)
+    budget = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=0)
+    untrained = [per_patient(parts.method.export_encoder(), recipe, pair) for pair in pairs]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    cost = pretraining.measure_steps(
+        parts.method, read=parts.read, prepare=parts.prepare, config=parts.recipe.train, seed=seed, device=parts.device
+    )
+    steps = max(4, int(60 * minutes / cost.step_s))
+    recipe = small_recipe(name, seed=seed, steps=steps, batch=batch)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        summary = pretraining.pretrain(recipe, data=data, out=Path(folder) / "run")
+        seconds = time.perf_counter() - started
+        encoder = load_encoder(Path(folder) / "run/export/encoder.safetensors")
+    errors = [per_patient(encoder, recipe, pair) for pair in pairs]
+    gain = np.subtract(untrained, errors)
+    low, high = bootstrap(gain)
+    return {
+        "error_mm": float(np.mean(errors)),
+        "error_sd_mm": float(np.std(errors, ddof=1)),
+        "untrained_mm": float(np.mean(untrained)),
+        "gain_mm": float(gain.mean()),
+        "gain_95_mm": [low, high],
+        "per_patient_mm": [round(value, 3) for value in errors],
+        "backbone": recipe.backbone.name,
+        "steps": steps,
+        "batch": batch,
+        "seconds": round(seconds, 1),
+        "tflop": round(steps * budget.flops / 1e12, 2),
+        "alarms": summary["alarms"],
+        "verdict": summary["verdict"],
+        "commit": commit(),
+    }
+
+
+def small_recipe(name: str, *, seed: int, steps: int, batch: int) -> Recipe:
+    """A method's recipe of `RECIPES`, with the training that all share."""
+    train = {"steps": steps, "batch": batch, "lr": "auto", "checkpoint_every": steps, "eval_every": max(1, steps // 4)}
+    train["log_every"] = max(1, steps // 100)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**RECIPES[name], "train": train, "seed": seed}))
+        return load_recipe(str(path), [])
+
+
+def test_pairs(data: Path, rho: float) -> list[TestPair]:
+    """Held-out phantoms, with landmarks, which the cohort's cache doesn't hold: made again from their seeds."""
+    cache = PairCache(data)
+    found = []
+    for patient in cache.split("test")[:TEST_PATIENTS]:
+        pair = cache[patient]
+        seed = int(patient.removeprefix("phantom"))
+        spacing = pair.scan("exhale").spacing_mm[0]
+        config = PhantomConfig(preset=preset_of(seed), seed=seed, spacing_mm=spacing, texture_rho=rho)
+        phantom = make_phantom(config)
+        assert pair.exhale_to_inhale is not None
+        found.append(
+            TestPair(
+                exhale=pair.scan("exhale"),
+                inhale=pair.scan("inhale"),
+                query_mm=torch.from_numpy(phantom.landmarks_exhale_mm).float(),
+                truth_mm=torch.from_numpy(phantom.landmarks_inhale_mm).float(),
+                affine=torch.from_numpy(pair.exhale_to_inhale).float(),
+                candidates_mm=lung_grid_mm(pair.scan("inhale")),
+            )
+        )
+    return found
+
+
+def lung_grid_mm(scan: PhaseScan, step_mm: float = GRID_MM) -> Tensor:
+    """Points [n, 3] of a grid that lie in the lung, LPS mm."""
+    shape, spacing = np.array(scan.ct_hu.shape[::-1]), np.array(scan.spacing_mm)
+    axes = [torch.arange(0, float(side), step_mm) for side in (shape - 1) * spacing]
+    offset = torch.cartesian_prod(*axes)
+    index = (offset / torch.from_numpy(spacing).float()).round().long()
+    lung = torch.from_numpy(scan.lung > 0)[index[:, 2], index[:, 1], index[:, 0]]
+    return offset[lung] + torch.tensor(scan.origin_mm, dtype=torch.float32)
+
+
+def position_only(pairs: list[TestPair]) -> dict[str, float]:
+    """Mean errors over patients of the grid itself, and of the point that the coarse affine leads to."""
+    floor, affine = [], []
+    for pair in pairs:
+        floor.append(float(torch.cdist(pair.truth_mm, pair.candidates_mm).amin(dim=1).mean()))
+        moved = pair.query_mm @ pair.affine[:, :3].T + pair.affine[:, 3]
+        nearest = torch.cdist(moved, pair.candidates_mm).argmin(dim=1)
+        affine.append(float(torch.linalg.vector_norm(pair.candidates_mm[nearest] - pair.truth_mm, dim=1).mean()))
+    return {"floor_mm": float(np.mean(floor)), "position_only_mm": float(np.mean(affine)), "patients": len(pairs)}
+
+
+def per_patient(encoder: nn.Module, recipe: Recipe, pair: TestPair) -> float:
+    """Mean distance, mm, of where landmarks are found to where they are."""
+    side = recipe.views.global_vox
+    query = point_features(encoder, pair.exhale, pair.query_mm, side)
+    key = point_features(encoder, pair.inhale, pair.candidates_mm, side)
+    return float(retrieved_mm(query, key, pair.candidates_mm, pair.truth_mm).mean())
+
+
+def retrieved_mm(query: Tensor, key: Tensor, candidates_mm: Tensor, truth_mm: Tensor) -> Tensor:
+    """Distance of the candidate with the highest cosine to the truth, for each query."""
+    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    best = (query @ key.T).argmax(dim=1)
+    return torch.linalg.vector_norm(candidates_mm[best] - truth_mm, dim=1)
+
+
+@torch.inference_mode()
+def point_features(encoder: nn.Module, scan: PhaseScan, points_mm: Tensor, side: int) -> Tensor:
+    """Features [n, c] at points of a scan: all levels of the pyramid, each of unit length, side by side.
+
+    Windows of the size that the encoder was trained on, three quarters of it apart; where several hold a point, their
+    features are averaged with weights that fall to 0 towards the borders.
+    """
+    assert isinstance(encoder, Encoder)
+    encoder.eval()
+    low, step = side // 4, side * 3 // 4  # so that every point has windows all around it
+    image = F.pad(scale_hu(torch.from_numpy(scan.ct_hu).float())[None, None], (low, low + side) * 3)
+    spacing, origin = torch.tensor(scan.spacing_mm).float(), torch.tensor(scan.origin_mm).float()
+    vox = (points_mm - origin) / spacing + low  # (x, y, z)
+    total = torch.zeros(len(vox), sum(encoder.pyramid_channels))
+    weights = torch.zeros(len(vox), 1)
+    counts = [math.ceil((size - side) / step) + 1 for size in image.shape[2:]]
+    for start in torch.cartesian_prod(*(torch.arange(count) * step for count in counts)).tolist():
+        local = vox - torch.tensor(start[::-1]).float()
+        inside = ((local >= 0) & (local <= side - 1)).all(dim=1).nonzero()[:, 0]
+        z, y, x = start
+        window = image[:, :, z : z + side, y : y + side, x : x + side]
+        if not len(inside) or window.shape[2:] != (side, side, side):
+            continue
+        pyramid = encoder(window).pyramid
+        levels = [
+            F.normalize(features_at(level, local[inside][None], stride)[0], dim=-1)
+            for level, stride in zip(pyramid, encoder.pyramid_strides_vox, strict=True)
+        ]
+        half = (side - 1) / 2
+        near = (1 - (local[inside] - half).abs() / (half + 1)).prod(dim=1, keepdim=True)
+        total[inside] += near * torch.cat(levels, dim=1)
+        weights[inside] += near
+    assert bool((weights > 0).all()), "a point lies in no window"
+    return total / weights
+
+
+def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean over patients, by percentiles."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (draws, len(values))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Keep all rows; returns the head."""
+    checks = {f"{r['method']} rho {r['rho']:g} seed {r['seed']} beats untrained": r["gain_95_mm"][0] > 0 for r in rows}
+    for r in (row for row in rows if row["method"] == "paired_dense"):
+        checks[f"paired_dense rho {r['rho']:g} seed {r['seed']} beats position"] = r["error_mm"] < r["position_only_mm"]
+    head = {"benchmark": "methods", "ratios": {}, "checks": checks, "machine": machine("cpu"), "commit": commit()}
+    path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    return head
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """One run in a line."""
+    low, high = row["gain_95_mm"]
+    return (
+        f"{row['method']}, rho {row['rho']:g}, seed {row['seed']}: {row['error_mm']:.1f} mm, untrained "
+        f"{row['untrained_mm']:.1f} (gain {row['gain_mm']:.1f}, 95 % {low:.1f} to {high:.1f}); {row['steps']} steps, "
+        f"{row['seconds']:.0f} s"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = (
+        "method | encoder | rho | seed | error mm | untrained | gain, 95 % | position only | grid | steps | TFLOP | s"
+    )
+    lines = [f"| {head} |", "|" + "---|" * 12]
+    for row in sorted(rows, key=lambda row: (-row["rho"], row["error_mm"])):
+        low, high = row["gain_95_mm"]
+        cells = [row["method"], row["backbone"], f"{row['rho']:g}", row["seed"], f"{row['error_mm']:.1f}"]
+        cells += [f"{row['untrained_mm']:.1f}", f"{row['gain_mm']:.1f} ({low:.1f} to {high:.1f})"]
+        cells += [f"{row['position_only_mm']:.1f}", f"{row['floor_mm']:.1f}", row["steps"], row["tflop"]]
+        cells.append(f"{row['seconds']:.0f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
