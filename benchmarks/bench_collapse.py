@@ -1,6 +1,6 @@
 """Do alarms tell broken runs from sound ones? Both, as `lungssl pretrain` makes them on the built-in phantoms.
 
-Run: uv run python benchmarks/bench_collapse.py [--seeds 3] [--quick]
+Run: uv run python benchmarks/bench_collapse.py [--seeds 3] [--recipes mae_vit_nano] [--quick]
 
 200 steps each. Broken, of `dino_vit_nano`: neither centred nor sharpened (teacher temperature that of the student);
 teacher momentum 0; 100 times the learning rate. Sound: `dino_vit_nano` with every seed, the other small recipes with
@@ -43,6 +43,7 @@ SHOWN = ("loss", "teacher_entropy_lnk", "teacher_kl_lnk", "prototypes_used")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="of dino_vit_nano, sound and broken")
+    parser.add_argument("--recipes", help="only these sound ones, e.g. mae_vit_nano; the other results are kept")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     seeds = range(1 if options.quick else options.seeds)
@@ -51,7 +52,14 @@ def main() -> None:
     plan = [("dino_vit_nano", what, seed, changes) for what, changes in broken.items() for seed in seeds]
     plan += [("dino_vit_nano", "sound", seed, ()) for seed in seeds]
     plan += [] if options.quick else [(recipe, "sound", 0, ()) for recipe in SOUND]
+    name = "collapse_quick.json" if options.quick else "collapse.json"
+    results = Path(__file__).parent / "results" / name
     rows = []
+    if options.recipes:
+        plan = [one for one in plan if one[1] == "sound" and one[0] in options.recipes.split(",")]
+        again = {one[:3] for one in plan}
+        kept = json.loads(results.read_text())["rows"]
+        rows = [row for row in kept if (row["recipe"], row["what"], row["seed"]) not in again]
     for recipe, what, seed, changes in plan:
         rows.append(one_run(recipe, what, load_recipe(recipe, [*COMMON, f"seed={seed}", *changes]), data))
         said = "; ".join(rows[-1]["alarms"]) or "no alarm"
@@ -61,8 +69,7 @@ def main() -> None:
         for row in rows
     }
     head = {"benchmark": "collapse", "ratios": {}, "checks": checks, "machine": machine("cpu"), "commit": commit()}
-    name = "collapse_quick.json" if options.quick else "collapse.json"
-    (Path(__file__).parent / "results" / name).write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    results.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
     print(json.dumps(head))
 
 
@@ -70,7 +77,7 @@ def one_run(name: str, what: str, recipe: Recipe, data: Path) -> dict[str, Any]:
     """A run's alarms, and the figures that they look at, at its held-out evaluations."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        row: dict[str, Any] = {"recipe": name, "what": what, "seed": recipe.seed}
+        row: dict[str, Any] = {"recipe": name, "what": what, "seed": recipe.seed, "commit": commit()}
         try:
             summary = _pretrain(recipe, data, run, centred=what != UNCENTRED)
             row |= {key: summary[key] for key in ("alarms", "verdict", "seconds")}

@@ -12,7 +12,7 @@ import yaml
 from lungssl.cli import main
 from lungssl.config import Recipe, load_recipe
 from lungssl.errors import ConfigError, DataError
-from lungssl.pretraining import Pretraining, build_pretraining, judge, pretrain, replay
+from lungssl.pretraining import Pretraining, alarm_bounds, build_pretraining, judge, pretrain, replay
 from lungssl.training.logs import read_metrics
 from lungssl.training.watch import NotFiniteError
 from lungssl_backbones.weights import load_encoder
@@ -311,3 +311,10 @@ def test_held_out_lines_hold_the_figures_of_the_probe_set(cache: Path, tmp_path:
         assert line["probe/effective_rank"] > 1 and 0 <= line["probe/embedding_std"] <= 1
         assert 1 <= line["val/prototypes_used"] <= 32
     assert lines[0]["probe/patch_gram_drift"] == 0 < lines[-1]["probe/patch_gram_drift"]
+
+
+def test_methods_that_predict_voxels_are_not_judged_by_their_features_spread(cache: Path) -> None:
+    shares = {name: alarm_bounds(build_pretraining(_recipe(name), cache).method).spread_share for name in RECIPES}
+    assert {name for name, share in shares.items() if share == 0} == {
+        *("mae_vit_nano", "mae_resenc_tiny", "spark_resenc_tiny", "croco_vit_nano")
+    }

@@ -112,6 +112,7 @@ from torch import nn
 class Brightness(nn.Module):
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     needs_correspondences = False
+    may_collapse = True
     base_rate = BaseRate(lr=1e-3, source="a test")
 
     @dataclass(frozen=True, kw_only=True)

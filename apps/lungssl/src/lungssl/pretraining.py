@@ -18,6 +18,7 @@ from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.crops import CropConfig, PairCrops, usable_patients
 from lungssl_data.views import ViewSampler
+from lungssl_methods.collapse import CollapseMonitor
 from lungssl_methods.monitor import Evaluation, LearningCheck
 from lungssl_methods.probe_set import ProbeSet
 from torch import nn
@@ -247,6 +248,7 @@ def pretrain(
             device=parts.device,
             evaluate=parts.evaluate if parts.held_out else None,
             probe=parts.probe_set(),
+            bounds=alarm_bounds(parts.method),
         )
     except NotFiniteError as error:
         run.say(f"to see where: lungssl pretrain {out / 'config.yaml'} --data {data} --replay {error.kept}")
@@ -263,6 +265,12 @@ def pretrain(
     summary["seconds"] = round(time.perf_counter() - started, 1)
     run.write_summary(summary)
     return summary
+
+
+def alarm_bounds(method: nn.Module) -> CollapseMonitor.Config:
+    """Those of the collapse monitor, less the spread of features for methods that can't collapse."""
+    bounds = CollapseMonitor.Config()
+    return bounds if getattr(method, "may_collapse", True) else dataclasses.replace(bounds, spread_share=0.0)
 
 
 def replay(recipe: Recipe, kept: Path, *, data: Path, device: str = "auto") -> str:

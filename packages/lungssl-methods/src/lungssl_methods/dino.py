@@ -47,6 +47,7 @@ class Dino(nn.Module):
 
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=2)
     needs_correspondences = False
+    may_collapse = True
     base_rate = BaseRate(lr=1e-3, batch=256, source="ssl.md B.1")
 
     @dataclass(frozen=True, kw_only=True)

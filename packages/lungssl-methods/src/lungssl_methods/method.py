@@ -53,6 +53,9 @@ class Method(Protocol):
     """What `train.lr: auto` is made of."""
     needs_correspondences: ClassVar[bool]
     """Whether crops must say where points of slot 0 are in slot 1 (`CropConfig.correspondences`)."""
+    may_collapse: ClassVar[bool]
+    """Whether features are compared with features, which an encoder that says one thing of all crops could satisfy;
+    not where voxels are predicted."""
     encoder: nn.Module
     """The encoder being trained."""
 

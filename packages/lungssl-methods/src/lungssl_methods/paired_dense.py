@@ -35,6 +35,7 @@ class PairedDense(nn.Module):
     typical_views = ViewCounts(globals_per_slot=2, locals_per_slot=0)
     base_rate = BaseRate(lr=3e-4, source="as vox2vec, ssl.md B.3")
     needs_correspondences = True
+    may_collapse = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

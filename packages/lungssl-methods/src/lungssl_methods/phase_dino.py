@@ -27,6 +27,7 @@ class PhaseDino(Dino):
 
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=2)
     needs_correspondences = True
+    may_collapse = True
     config: "PhaseDino.Config"
 
     @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ class PhaseJepa(nn.Module):
 
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     needs_correspondences = False
+    may_collapse = True
     base_rate = Jepa.base_rate
 
     @dataclass(frozen=True, kw_only=True)

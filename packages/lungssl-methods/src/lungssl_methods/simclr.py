@@ -27,6 +27,7 @@ class SimClr(nn.Module):
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     base_rate = BaseRate(lr=1e-3, batch=256, source="as dino, ssl.md B.1; SimCLR's own is for LARS")
     needs_correspondences = False
+    may_collapse = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -33,6 +33,7 @@ class Vox2Vec(nn.Module):
     typical_views = ViewCounts(globals_per_slot=2, locals_per_slot=0)
     base_rate = BaseRate(lr=3e-4, source="ssl.md B.3")
     needs_correspondences = False
+    may_collapse = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from lungssl_backbones.param_groups import param_groups
 from lungssl_data.batch import StepOutput
+from lungssl_methods.collapse import CollapseMonitor
 from lungssl_methods.schedules import warmup_cosine
 from torch import nn
 
@@ -96,16 +97,18 @@ def fit(
     device: torch.device,
     evaluate: Evaluate | None = None,
     probe: Probe | None = None,
+    bounds: CollapseMonitor.Config | None = None,
 ) -> FitResult:
     """Train `module` (a `Trainable` on `device`) from the newest checkpoint of `run` to `config.steps`.
 
     `read(index)` gives micro-batch `index` on the CPU, in a background thread or process; `prepare(batch, index)` makes
-    of it what the module is called with. `probe` is called with each held-out evaluation. Raises NotFiniteError, a
+    of it what the module is called with. `probe` is called with each held-out evaluation, `bounds`
+    are those of its alarms. Raises NotFiniteError, a
     TrainingError, where loss or gradient is no number, TrainingError on an alarm as `config.on_collapse` has it, and
     KeyboardInterrupt after Ctrl-C; in all cases the last checkpoint stays.
     """
     rollbacks: list[int] = []
-    watch = Watch(config.on_collapse, say=run.say)
+    watch = Watch(config.on_collapse, say=run.say, bounds=bounds)
     while True:
         try:
             return _fit(module, read, prepare, config, run, seed, device, evaluate, probe, watch, resumed=not rollbacks)

@@ -44,12 +44,15 @@ class RollbackError(TrainingError):
 class Watch:
     """A monitor and a policy: says, stops, or asks the loop to go back."""
 
-    def __init__(self, policy: OnCollapse, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, policy: OnCollapse, *, say: Callable[[str], None], bounds: CollapseMonitor.Config | None = None
+    ) -> None:
+        """`bounds`: those of the monitor, its defaults where not given."""
         self.policy = policy
         self.rate_scale = 1.0
         """Factor on all learning rates."""
         self._say = say
-        self._monitor = CollapseMonitor.Config().build()
+        self._monitor = (bounds or CollapseMonitor.Config()).build()
 
     @property
     def alarms(self) -> list[Alarm]:
