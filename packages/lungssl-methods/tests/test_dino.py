@@ -165,6 +165,24 @@ def test_loss_metrics_and_centre_are_those_of_the_logits_in_full(encoder: nn.Mod
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_prototypes_used_is_the_perplexity_of_the_mean_target_held_out(
+    encoder: nn.Module, make_batch: MakeBatch
+) -> None:
+    method = _config().build(encoder, total_steps=10)
+    batch = make_batch(5)
+    assert "prototypes_used" not in method(batch, 0).metrics
+    method.after_optimizer_step(0)  # a centre that is not zero
+    method.eval()
+    used = method(batch, 1).metrics["prototypes_used"]
+    with torch.no_grad():
+        embeddings = torch.stack([method.teacher_encoder(view.image).embedding() for view in batch.global_views()])
+        logits = method.summary.teacher(embeddings, method.summary.moments)
+    targets = teacher_probs(logits, method.summary.unbiased_centre(), method.teacher_temperature(1)).flatten(0, 1)
+    mean = targets.mean(dim=0)
+    torch.testing.assert_close(used, (-(mean * mean.log()).sum()).exp())
+    assert 1 < float(used) <= 32
+
+
 def test_views_of_one_size_share_a_forward_and_the_teacher_sees_only_global_ones(
     encoder: nn.Module, make_batch: MakeBatch
 ) -> None:
