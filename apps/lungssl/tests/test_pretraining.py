@@ -12,12 +12,13 @@ import yaml
 from lungssl.cli import main
 from lungssl.config import Recipe, load_recipe
 from lungssl.errors import ConfigError, DataError
-from lungssl.pretraining import Pretraining, alarm_bounds, build_pretraining, judge, pretrain, replay
+from lungssl.pretraining import Pretraining, alarm_bounds, build_pretraining, judge, pretrain
+from lungssl.replaying import replay
 from lungssl.training.logs import read_metrics
 from lungssl.training.watch import NotFiniteError
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.batch import CropBatch, PairBatch
-from lungssl_data.cache import write_pair
+from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.pair import PhasePair, PhaseScan
 from safetensors.torch import load_file
 
@@ -74,6 +75,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for patient, split in (("a", "train"), ("b", "train"), ("c", "train"), ("d", "val")):
         phases = ("exhale",) if patient == "c" else ("exhale", "inhale")
         write_pair(_pair(patient, split, (3.0, 3.0, 3.0), phases), folder)
+    PairCache(folder).close()  # writes its index, once
     return folder
 
 

@@ -46,7 +46,9 @@ def pretrain(
 
         data = builtin_cohort(say=lambda line: print(line, file=sys.stderr))
     if replay is not None:
-        print(pretraining.replay(resolved, replay, data=data, device=device))
+        from lungssl import replaying
+
+        print(replaying.replay(resolved, replay, data=data, device=device))
     elif dry_run:
         print(pretraining.dry_run(resolved, data=data, device=device))
     elif out is not None:
