@@ -49,7 +49,7 @@ CROPS = {"data": {"phases": "both", "crop_vox": [40, 40, 40], "jitter_mm": 6}}
 WHOLE = {**CROPS, "views": {"global_vox": 32, "locals_per_slot": 0}}
 TWO = {**CROPS, "views": {"global_vox": 32, "globals_per_slot": 2, "locals_per_slot": 0}}
 MULTI = {**CROPS, "views": {"global_vox": 32, "local_vox": 16, "locals_per_slot": 2}}
-HEAD = {"prototypes": "auto", "head_hidden": 256, "head_bottleneck": 64, "momentum": 0.996}
+HEAD = {"prototypes": "auto", "head_hidden": 256, "head_bottleneck": 64}
 DECODER = {"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
 RECIPES: dict[str, dict[str, Any]] = {
     "dino": {**MULTI, **VIT, "method": {"name": "dino", **HEAD}},
