@@ -148,3 +148,8 @@ def test_probe_figures_are_logged_with_the_held_out_ones_and_raise_alarms(
     assert probed == [1.0, 0.9, 0.1, 0.1, 0.1]
     assert result.alarms == ("embedding_std fell from 1 to 0.1, below 0.3 of its start (step 10)",)
     assert capsys.readouterr().err.count("WARNING: embedding_std fell") == 1
+
+
+def test_an_alarm_before_the_first_step_has_nowhere_to_go_back_to(tmp_path: Path, fake_run: ModuleType) -> None:
+    with pytest.raises(TrainingError, match="embedding_std of the probe set is nan .*no checkpoint to go back to"):
+        fake_run.train(tmp_path / "run", on_collapse="rollback", probe=lambda: {"embedding_std": float("nan")})

@@ -113,7 +113,10 @@ def fit(
         try:
             return _fit(module, read, prepare, config, run, seed, device, evaluate, probe, watch, resumed=not rollbacks)
         except RollbackError as alarm:
-            start, reason = _go_back(run, rollbacks), str(alarm)
+            reason = str(alarm)
+            if not checkpoints(run.checkpoints):
+                raise TrainingError(f"{reason}; there is no checkpoint to go back to. Look at the data") from alarm
+            start = _go_back(run, rollbacks)
             if len(rollbacks) > MOST_ROLLBACKS:
                 raise TrainingError(
                     f"{reason}; after {MOST_ROLLBACKS} returns to a checkpoint with half the rate each time it came "
