@@ -151,5 +151,5 @@ def test_probe_figures_are_logged_with_the_held_out_ones_and_raise_alarms(
 
 
 def test_an_alarm_before_the_first_step_has_nowhere_to_go_back_to(tmp_path: Path, fake_run: ModuleType) -> None:
-    with pytest.raises(TrainingError, match="embedding_std of the probe set is nan .*no checkpoint to go back to"):
+    with pytest.raises(TrainingError, match=r"embedding_std of the probe set is nan .*no checkpoint to go back to"):
         fake_run.train(tmp_path / "run", on_collapse="rollback", probe=lambda: {"embedding_std": float("nan")})
