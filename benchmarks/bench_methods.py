@@ -41,6 +41,8 @@ from lungssl_methods.correspondence import features_at
 from lungssl_ops.measure import commit, machine
 from torch import Tensor, nn
 
+STARTED_AT = commit()
+"""What runs here, whatever is edited meanwhile."""
 GRID_MM = 4.0
 NEAR_MM = 20.0
 """Farther than the coarse affine errs: at most 18.9 mm for 3,900 landmarks of 13 phantoms, 99 % of them 11.9 mm."""
@@ -169,7 +171,7 @@ def one_run(
         "tflop": round(steps * budget.flops / 1e12, 2),
         "alarms": summary["alarms"],
         "verdict": summary["verdict"],
-        "commit": commit(),
+        "commit": STARTED_AT,
     }
 
 
@@ -308,13 +310,13 @@ def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows that are known by now."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    return json.loads(path.read_text())["rows"] if path.is_file() and path.stat().st_size else []
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
     """Put one row in place of the same run's; locked, as other processes may do so."""
     same = ("method", "rho", "seed", "minutes")
-    with path.with_suffix(".lock").open("w") as lock:
+    with path.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = [old for old in rows_of(path) if any(old[key] != row[key] for key in same)] + [row]
         path.write_text(json.dumps({**head(rows), "rows": rows}, indent=1) + "\n")
