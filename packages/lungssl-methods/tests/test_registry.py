@@ -22,6 +22,7 @@ def test_every_method_keeps_the_contract(name: str, encoder: nn.Module, make_bat
     assert isinstance(method_class(name).base_rate, BaseRate)
     method = method_class(name).Config().build(encoder, total_steps=10, effective_batch=4, gather=LocalGather())
     assert isinstance(method, Method) and isinstance(method, nn.Module)
+    assert isinstance(method.batch_separable, bool)
     views = asdict(method.typical_views)
     method.check_views(**views)
     output = method(make_batch(2, **views, global_size=(32, 32, 32)), 0)
@@ -113,6 +114,7 @@ class Brightness(nn.Module):
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     needs_correspondences = False
     may_collapse = True
+    batch_separable = True
     base_rate = BaseRate(lr=1e-3, source="a test")
 
     @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,12 @@ def settle(recipe: Recipe, *, patients: int, recorded: Mapping[str, Any] | None 
         if train.lr == "auto":
             raise ConfigError("train.lr: auto is for pretraining; give a number, as in the recipe finetune/segment")
         return recipe, []
-    run = RunSize(effective_batch=train.batch * train.accumulate, total_steps=train.steps, patients=patients)
+    run = RunSize(
+        effective_batch=train.batch * train.accumulate,
+        total_steps=train.steps,
+        patients=patients,
+        accumulate=train.accumulate,
+    )
     cls, lines = method_class(method.name), []
     found: dict[str, Any] = {}
     if hasattr(method.config, "settled"):

@@ -163,6 +163,12 @@ def build_method(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     method = recipe.method.config.build(encoder, total_steps=recipe.train.steps, effective_batch=batch)
     views = recipe.views
     method.check_views(globals_per_slot=views.globals_per_slot, locals_per_slot=views.locals_per_slot)
+    if recipe.train.accumulate > 1 and not method.batch_separable:
+        raise ConfigError(
+            f"train.accumulate: {recipe.train.accumulate}, but {recipe.method.name} with these settings compares the "
+            f"samples of one forward, and would compare micro-batches of {recipe.train.batch}; set train.accumulate to "
+            f"1 and train.batch to what memory holds (dino: or method.centering to ema and koleo_weight to 0)"
+        )
     return encoder, method
 
 

@@ -26,6 +26,8 @@ class RunSize:
     total_steps: int
     patients: int
     """To train on."""
+    accumulate: int = 1
+    """Micro-batches that an optimizer step is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)

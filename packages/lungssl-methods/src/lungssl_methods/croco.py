@@ -45,6 +45,7 @@ class Croco(nn.Module):
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     needs_correspondences = False
     may_collapse = False
+    batch_separable = True
     base_rate = BaseRate(lr=3e-4, source="ssl.md B.2")
 
     @dataclass(frozen=True, kw_only=True)

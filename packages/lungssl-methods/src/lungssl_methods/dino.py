@@ -48,6 +48,12 @@ class Dino(nn.Module):
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=2)
     needs_correspondences = False
     may_collapse = True
+
+    @property
+    def batch_separable(self) -> bool:
+        """Not with Sinkhorn or KoLeo, which compare the samples of a forward; the centre is of earlier steps."""
+        return self.config.centering == "ema" and self.config.koleo_weight == 0
+
     base_rate = BaseRate(lr=1e-3, batch=256, source="ssl.md B.1")
 
     @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class Dino(nn.Module):
         """Share of the run over which the teacher's temperature rises."""
         centering: Centering | Literal["auto"] = "auto"
         """What keeps targets from collapsing: "ema", a moving centre, or "sinkhorn", 3 iterations over the rows of a
-        forward. "auto": Sinkhorn from 256 teacher rows in a step on; it doesn't see accumulated micro-batches."""
+        forward. "auto": Sinkhorn from 256 teacher rows in a step on, unless those are accumulated."""
         centre_momentum: float = 0.9
         """EMA momentum of the teacher logits' mean that is subtracted before sharpening (DINO's)."""
         momentum: float | None = None
@@ -103,7 +109,7 @@ class Dino(nn.Module):
             if self.momentum is None:
                 found["momentum"] = auto_momentum(run)
             if self.centering == "auto":
-                found["centering"] = _auto_centering(run.effective_batch)
+                found["centering"] = _auto_centering(run)
             values = {key: auto.value for key, auto in found.items()}
             return replace(self, **values), {key: auto.reason for key, auto in found.items()}
 
@@ -135,6 +141,7 @@ class Dino(nn.Module):
         self.stride_vox = checked.token_stride_vox
         self.encoder = encoder
         self.teacher_encoder = slow_copy(encoder)
+        self.gather = gather
         self.head_config = DistillationConfig(
             prototypes=config.prototypes,
             hidden=config.head_hidden,
@@ -206,10 +213,12 @@ class Dino(nn.Module):
             # As iBOT: averaged over all views, masked or not.
             total = total + config.patch_weight * patch * mask.any(dim=1).float().mean()
             metrics["patch_loss_lnk"] = patch.detach() / ln_k
-        if config.koleo_weight > 0 and len(batch.patient.unique()) >= KOLEO_FROM_PATIENTS:
-            spread = torch.stack([koleo(one, batch.patient) for one in embeddings[: len(teacher)]]).mean()
-            total = total + config.koleo_weight * spread
-            metrics["koleo"] = spread.detach()
+        if config.koleo_weight > 0:
+            patient = self.gather.rows(batch.patient)
+            spread = torch.stack([koleo(self.gather.rows(one), patient) for one in embeddings[: len(teacher)]]).mean()
+            if len(patient.unique()) >= KOLEO_FROM_PATIENTS:
+                total = total + config.koleo_weight * spread
+                metrics["koleo"] = spread.detach()
         if self.anchor is not None and step >= self._refresh_steps():
             with torch.no_grad():
                 kept = encode_views(self.anchor, views)
@@ -297,8 +306,10 @@ class Dino(nn.Module):
         return loss
 
 
-def _auto_centering(effective_batch: int) -> Auto:
-    rows = 2 * effective_batch
+def _auto_centering(run: RunSize) -> Auto:
+    rows = 2 * run.effective_batch
+    if run.accumulate > 1:
+        return Auto(value="ema", reason=f"{run.accumulate} accumulated micro-batches; Sinkhorn sees one at a time")
     return Auto(
         value="sinkhorn" if rows >= SINKHORN_FROM_ROWS else "ema",
         reason=f"{rows} teacher rows a step; Sinkhorn from {SINKHORN_FROM_ROWS} on (ssl.md B.1)",

@@ -31,6 +31,7 @@ class Jepa(nn.Module):
     typical_views = ViewCounts(globals_per_slot=1, locals_per_slot=0)
     needs_correspondences = False
     may_collapse = True
+    batch_separable = True
     base_rate = BaseRate(lr=1e-3, batch=2048, source="ssl.md B.3, I-JEPA")
 
     @dataclass(frozen=True, kw_only=True)

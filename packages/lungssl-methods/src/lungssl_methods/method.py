@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from lungssl_backbones.encoder import Encoder
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
@@ -21,11 +21,23 @@ class Gather(Protocol):
         """The sum of `value` over all ranks, the same on each. No gradient. Every rank must call it."""
         ...
 
+    def rows(self, value: Shaped[Tensor, "n *row"]) -> Shaped[Tensor, "m *row"]:
+        """The rows of all ranks, one rank after the other; with gradient. As many on each, and every rank must call it.
+
+        Each rank then has the loss of the whole batch, and the ranks' mean gradient, as DDP takes it, is that of one
+        process with all samples.
+        """
+        ...
+
 
 class LocalGather:
     """One process: its own values are all there is."""
 
     def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`value` itself."""
+        return value
+
+    def rows(self, value: Shaped[Tensor, "n *row"]) -> Shaped[Tensor, "n *row"]:
         """`value` itself."""
         return value
 
@@ -56,6 +68,10 @@ class Method(Protocol):
     may_collapse: ClassVar[bool]
     """Whether features are compared with features, which an encoder that says one thing of all crops could satisfy;
     not where voxels are predicted."""
+    batch_separable: bool
+    """Whether the loss of a batch is the mean of its samples' losses, so that accumulated micro-batches give the
+    gradient of one batch (where as much of each is measured). Methods that compare samples with each other say False:
+    with them accumulation would be a smaller batch. On several ranks all are right, through `gather`."""
     encoder: nn.Module
     """The encoder being trained."""
 

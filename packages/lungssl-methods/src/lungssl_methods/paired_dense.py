@@ -23,8 +23,8 @@ from lungssl_methods.auto import BaseRate
 from lungssl_methods.contrast import dense_infonce, far_or_strangers, soft_positives
 from lungssl_methods.correspondence import check_correspondences
 from lungssl_methods.dino import encode_views
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
-from lungssl_methods.points import PointPairs, check_pyramid, neighbours, point_pairs, slot_pairs
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
+from lungssl_methods.points import PointPairs, check_pyramid, neighbours, over_ranks, point_pairs, slot_pairs
 from lungssl_methods.simclr import check_global_pairs
 from lungssl_methods.variance import direction_spread
 
@@ -36,6 +36,7 @@ class PairedDense(nn.Module):
     base_rate = BaseRate(lr=3e-4, source="as vox2vec, ssl.md B.3")
     needs_correspondences = True
     may_collapse = True
+    batch_separable = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -57,10 +58,10 @@ class PairedDense(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "PairedDense":
-            """A PairedDense around `encoder`. It has no schedule and no state across ranks."""
-            return PairedDense(self, encoder)
+            """A PairedDense around `encoder`. It has no schedule. Negatives are the points of all ranks."""
+            return PairedDense(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder or has no pyramid, and for impossible shares or lengths."""
         super().__init__()
         if not 0 <= config.known_share < 1:
@@ -76,6 +77,7 @@ class PairedDense(nn.Module):
         checked = checked_encoder(encoder)
         check_pyramid(checked, "paired_dense")
         self.config = config
+        self.gather = gather
         self.strides_vox = tuple(checked.pyramid_strides_vox)
         self.encoder = encoder
 
@@ -138,7 +140,7 @@ class PairedDense(nn.Module):
         )
 
     def _loss(self, points: PointPairs, batch: PairBatch) -> Tensor:
-        groups = batch.patient[points.sample]
+        points, groups = over_ranks(points, batch.patient[points.sample], self.gather)
         return dense_infonce(
             points.first,
             points.second,

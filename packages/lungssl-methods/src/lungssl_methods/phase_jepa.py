@@ -29,7 +29,7 @@ from lungssl_methods.latent import (
 )
 from lungssl_methods.mae import sincos_positions
 from lungssl_methods.masking import random_block_masks, visible_indices
-from lungssl_methods.method import Gather, ViewCounts
+from lungssl_methods.method import Gather, LocalGather, ViewCounts
 from lungssl_methods.schedules import cosine_momentum
 from lungssl_methods.teacher import follow, slow_copy
 
@@ -79,9 +79,18 @@ class PhaseJepa(nn.Module):
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "PhaseJepa":
             """As `Jepa.Config.build`; ValueError for a weight within the phase outside of [0, 1]."""
-            return PhaseJepa(self, encoder, total_steps=total_steps, effective_batch=effective_batch)
+            return PhaseJepa(
+                self, encoder, total_steps=total_steps, effective_batch=effective_batch, gather=gather or LocalGather()
+            )
 
-    def __init__(self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int) -> None:
+    @property
+    def batch_separable(self) -> bool:
+        """Not with the floor, whose statistics are of all samples of a forward."""
+        return self.config.floor_weights == (0.0, 0.0)
+
+    def __init__(
+        self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int, gather: Gather
+    ) -> None:
         """Raises ValueError for a module that is no Encoder, or one that cannot encode some of its tokens."""
         super().__init__()
         checked = keeping_encoder(encoder, "phase_jepa")
@@ -90,6 +99,7 @@ class PhaseJepa(nn.Module):
         config, _ = config.settled(RunSize(effective_batch=effective_batch, total_steps=total_steps, patients=0))
         assert config.momentum is not None
         self.config = config
+        self.gather = gather
         self.total_steps = total_steps
         self.base_momentum = config.momentum
         self.stride_vox = checked.token_stride_vox
@@ -156,7 +166,8 @@ class PhaseJepa(nn.Module):
             zero = latent_loss(torch.zeros_like(wanted), wanted, weight, norm=config.norm)
             metrics[f"{name}_loss_vs_zero"] = losses[name].detach() / zero.clamp_min(1e-6)
         variance, covariance = config.floor_weights
-        floor = variance_covariance_floor(context.flatten(0, 1), variance_weight=variance, covariance_weight=covariance)
+        rows = self.gather.rows(context.flatten(0, 1))
+        floor = variance_covariance_floor(rows, variance_weight=variance, covariance_weight=covariance)
         predicted_loss = config.within_weight * losses["within"] + (1 - config.within_weight) * losses["across"]
         loss = predicted_loss + floor
         return StepOutput(

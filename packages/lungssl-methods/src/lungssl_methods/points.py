@@ -11,6 +11,7 @@ from lungssl_data.batch import View
 from torch import Tensor
 
 from lungssl_methods.correspondence import features_at, sample_matches
+from lungssl_methods.method import Gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,28 @@ def point_pairs(
         sample=sample,
         valid=matches.valid.flatten(),
     )
+
+
+def over_ranks(
+    points: PointPairs, groups: Int64[Tensor, " n"], gather: Gather
+) -> tuple[PointPairs, Int64[Tensor, " m"]]:
+    """The points of all ranks, and the patients (`groups`) that they are of."""
+    distance = gather.rows(points.distance_mm)
+    ranks = len(distance) // len(points.distance_mm)
+    blocks = torch.full((len(distance), len(distance)), torch.nan, device=distance.device, dtype=distance.dtype)
+    samples = gather.rows(points.sample)
+    for rank, block in enumerate(distance.chunk(ranks)):
+        start = rank * len(block)
+        blocks[start : start + len(block), start : start + len(block)] = block
+        samples[start : start + len(block)] += rank * (int(points.sample.max()) + 1)
+    together = PointPairs(
+        first=gather.rows(points.first),
+        second=gather.rows(points.second),
+        distance_mm=blocks if ranks > 1 else points.distance_mm,
+        sample=samples,
+        valid=gather.rows(points.valid),
+    )
+    return together, gather.rows(groups)
 
 
 def pyramid_at(

@@ -11,7 +11,7 @@ class Projector(nn.Module):
 
     Batch norm as in SimCLR, VICReg and vox2vec: crops of one organ look alike to a new encoder, and without it the
     part that all have in common is nearly all that an L2 normalisation leaves. It couples rows no more than these
-    losses do. Statistics are those of one forward of one process; in `eval()` the running ones.
+    losses do. Statistics are those of one forward; in `eval()` the running ones.
     """
 
     def __init__(self, dim: int, widths: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.contrast import chance_nats, nt_xent
 from lungssl_methods.dino import encode_views
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, policy_weights, slot_pair_weight
 from lungssl_methods.projector import Projector
 from lungssl_methods.variance import direction_spread
@@ -28,6 +28,7 @@ class SimClr(nn.Module):
     base_rate = BaseRate(lr=1e-3, batch=256, source="as dino, ssl.md B.1; SimCLR's own is for LARS")
     needs_correspondences = False
     may_collapse = True
+    batch_separable = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -46,7 +47,7 @@ class SimClr(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "SimClr":
-            """A SimCLR around `encoder`. It has no schedule and no state across ranks.
+            """A SimCLR around `encoder`. It has no schedule. Negatives are the patients of all ranks.
 
             Raises ValueError for a batch of one sample, which has no negatives.
             """
@@ -55,13 +56,14 @@ class SimClr(nn.Module):
                     f"simclr's negatives are the batch's other patients, got effective_batch={effective_batch}; "
                     f"take at least 2, or a method without negatives (dino)"
                 )
-            return SimClr(self, encoder)
+            return SimClr(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder or an impossible pair policy."""
         super().__init__()
         policy_weights(config.pairs)
         self.config = config
+        self.gather = gather
         self.projector = Projector(checked_encoder(encoder).dim, (config.hidden, config.out))
         self.encoder = encoder
 
@@ -76,15 +78,18 @@ class SimClr(nn.Module):
         spread of the encoder's embeddings: 1 all over the sphere, 0 collapsed. `step` changes nothing.
         """
         embeddings = torch.stack([one.embedding() for one in encode_views(self.encoder, batch.global_views())])
-        projected = self.projector(embeddings)
-        stranger = batch.patient[:, None] != batch.patient[None]
+        # Before the projector, whose norms then see the rows of all ranks.
+        projected = self.projector(self.gather.rows(embeddings.transpose(0, 1)).transpose(0, 1))
+        patient = self.gather.rows(batch.patient)
+        stranger = patient[:, None] != patient[None]
         losses, chances, negatives, weights = [], [], [], []
-        for i, j, weight, valid in global_pairs(batch, self.config.pairs):
-            losses.append(nt_xent(projected[i], projected[j], batch.patient, self.config.temperature, valid=valid))
+        for i, j, weight, measured in global_pairs(batch, self.config.pairs):
+            valid = self.gather.rows(measured)
+            losses.append(nt_xent(projected[i], projected[j], patient, self.config.temperature, valid=valid))
             chances.append(chance_nats(stranger, valid))
             negatives.append(2.0 * (stranger & valid).sum(dim=1).float().mean())
             weights.append(weight)
-        share = torch.tensor(weights, device=projected.device) / sum(weights)
+        share = torch.tensor(weights, device=patient.device) / sum(weights)
         loss = (torch.stack(losses) * share).sum()
         metrics = {
             "loss": loss.detach(),

@@ -2,8 +2,8 @@
 
 Sources: Bardes et al. 2022, https://arxiv.org/abs/2105.04906; Zbontar et al. 2021, https://arxiv.org/abs/2103.03230.
 Differs from them: which views are compared is a policy over slots (see `pairing`), and the expander is narrower: theirs
-of 8192 is for batches of 2048. Statistics are those of one forward: gradient accumulation and further ranks add no
-samples to them. Without negatives, other scans of a patient need no exception.
+of 8192 is for batches of 2048. Statistics are those of one forward on all ranks; accumulation would add no samples to
+them. Without negatives, other scans of a patient need no exception.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.dino import encode_views
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, policy_weights
 from lungssl_methods.projector import Projector
 from lungssl_methods.simclr import check_global_pairs, global_pairs
@@ -30,6 +30,7 @@ class VicReg(nn.Module):
     base_rate = BaseRate(lr=1e-3, batch=256, source="as dino, ssl.md B.1; VICReg's own is for LARS")
     needs_correspondences = False
     may_collapse = True
+    batch_separable = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -54,16 +55,17 @@ class VicReg(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "VicReg":
-            """A VICReg around `encoder`. It has no schedule and no state across ranks."""
-            return VicReg(self, encoder)
+            """A VICReg around `encoder`. It has no schedule. Statistics are those of all ranks."""
+            return VicReg(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder, an impossible pair policy, or an unknown objective."""
         super().__init__()
         policy_weights(config.pairs)
         if config.objective not in ("vicreg", "barlow_twins"):
             raise ValueError(f"vicreg's objective must be 'vicreg' or 'barlow_twins', got {config.objective!r}")
         self.config = config
+        self.gather = gather
         self.projector = Projector(checked_encoder(encoder).dim, config.expander)
         self.encoder = encoder
 
@@ -77,16 +79,19 @@ class VicReg(nn.Module):
 
         Pairs in which fewer than two samples were measured at all add nothing. Raises ValueError for a batch of one.
         """
-        if len(batch.patient) < 2:
+        samples = len(self.gather.rows(batch.patient))
+        if samples < 2:
             raise ValueError(
-                f"vicreg needs at least 2 samples in each forward for its statistics, got {len(batch.patient)}; "
-                f"raise the batch of one process, and drop a last batch that is smaller"
+                f"vicreg needs at least 2 samples in each forward for its statistics, got {samples}; "
+                f"raise the batch, and drop a last batch that is smaller"
             )
         embeddings = torch.stack([one.embedding() for one in encode_views(self.encoder, batch.global_views())])
-        projected = self.projector(embeddings)
+        # Before the projector, whose norms then see the rows of all ranks.
+        projected = self.projector(self.gather.rows(embeddings.transpose(0, 1)).transpose(0, 1))
         # A start of 0 that hangs on the graph: where no pair counts, every parameter still gets a gradient.
         loss, terms, total = 0.0 * projected.sum(), {}, 0.0
-        for i, j, weight, valid in global_pairs(batch, self.config.pairs):
+        for i, j, weight, measured in global_pairs(batch, self.config.pairs):
+            valid = self.gather.rows(measured)
             total += weight
             if valid.sum() < 2:
                 continue

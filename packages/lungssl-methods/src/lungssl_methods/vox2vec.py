@@ -17,8 +17,8 @@ from lungssl_methods.auto import BaseRate
 from lungssl_methods.contrast import chance_nats, far_or_strangers, twin_contrast
 from lungssl_methods.correspondence import check_correspondences
 from lungssl_methods.dino import encode_views
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
-from lungssl_methods.points import check_pyramid, neighbours, point_pairs, slot_pairs
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
+from lungssl_methods.points import check_pyramid, neighbours, over_ranks, point_pairs, slot_pairs
 from lungssl_methods.projector import Projector
 from lungssl_methods.simclr import check_global_pairs
 from lungssl_methods.variance import direction_spread
@@ -34,6 +34,7 @@ class Vox2Vec(nn.Module):
     base_rate = BaseRate(lr=3e-4, source="ssl.md B.3")
     needs_correspondences = False
     may_collapse = True
+    batch_separable = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -57,10 +58,10 @@ class Vox2Vec(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "Vox2Vec":
-            """A vox2vec around `encoder`. It has no schedule and no state across ranks."""
-            return Vox2Vec(self, encoder)
+            """A vox2vec around `encoder`. It has no schedule. Negatives are the points of all ranks."""
+            return Vox2Vec(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder or has no pyramid, and for an unknown policy."""
         super().__init__()
         if config.pairs not in ("within", "cross"):
@@ -68,6 +69,7 @@ class Vox2Vec(nn.Module):
         checked = checked_encoder(encoder)
         check_pyramid(checked, "vox2vec")
         self.config = config
+        self.gather = gather
         self.strides_vox = tuple(checked.pyramid_strides_vox)
         dim = sum(checked.pyramid_channels)
         hidden = dim if config.hidden is None else config.hidden
@@ -105,10 +107,12 @@ class Vox2Vec(nn.Module):
             for i, j in pairs
         ]
         raw = torch.stack([side for points in found for side in (points.first, points.second)])
-        projected = self.projector(raw)
+        shared = [over_ranks(points, batch.patient[points.sample], self.gather) for points in found]
+        projected = self.projector(
+            torch.stack([side for points, _ in shared for side in (points.first, points.second)])
+        )
         losses, chances = [], []
-        for index, points in enumerate(found):
-            groups = batch.patient[points.sample]
+        for index, (points, groups) in enumerate(shared):
             stranger = far_or_strangers(points.distance_mm, groups, points.valid, far_mm=self.config.near_mm)
             first, second = projected[2 * index], projected[2 * index + 1]
             losses.append(
