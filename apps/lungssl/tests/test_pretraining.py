@@ -269,6 +269,15 @@ def test_what_the_runs_size_decides_is_found_with_its_reason_and_kept_by_a_longe
     assert anew is not None and anew.config.prototypes == 256
 
 
+def test_accumulation_is_refused_where_samples_of_one_forward_are_compared(cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.accumulate: 3, but dino with these settings .*centering to ema"):
+        build_pretraining(_recipe("dino_resenc_tiny", "method.centering=sinkhorn", "train.accumulate=3"), cache)
+    # 2 x 2 x 100 teacher rows would call for Sinkhorn, which would see 4 of them at a time.
+    parts = build_pretraining(_recipe("dino_resenc_tiny", "method.centering=auto", "train.accumulate=100"), cache)
+    assert parts.recipe.method is not None and parts.recipe.method.config.centering == "ema"
+    assert any("100 accumulated micro-batches" in reason for reason in parts.reasons)
+
+
 def test_a_step_without_a_number_is_replayed_from_its_file(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

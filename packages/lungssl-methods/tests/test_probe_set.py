@@ -89,6 +89,22 @@ def test_features_that_are_no_numbers_are_told_as_such(batch: PairBatch, encoder
     assert all(math.isnan(value) for value in probe.figures(encoder).values())
 
 
+def test_the_phase_can_be_told_only_where_it_shows(make_batch: MakeBatch, encoder: nn.Module) -> None:
+    """T26: slots drawn from one distribution, then with slot 1 darker."""
+    batches = [
+        replace(make_batch(24, locals_per_slot=0, global_size=(8, 8, 8)), patient=torch.arange(24) + 24 * i)
+        for i in range(4)
+    ]
+    alike = ProbeSet(batches, encoder).figures(encoder)["phase_auc"]
+    # Of 96 scans against 96 the AUC of chance has a standard error of sqrt((2 n + 1) / 12) / n (Hanley, McNeil 1982).
+    assert abs(alike - 0.5) < 3 * math.sqrt((2 * 96 + 1) / 12) / 96
+    darker = [
+        replace(batch, views=tuple(replace(v, image=v.image - 0.3) if v.slot == 1 else v for v in batch.global_views()))
+        for batch in batches
+    ]
+    assert ProbeSet(darker, encoder).figures(encoder)["phase_auc"] > 0.9
+
+
 def test_an_empty_set_is_refused(encoder: nn.Module) -> None:
     with pytest.raises(ValueError, match="at least one batch of held-out views, got none"):
         ProbeSet([], encoder)
