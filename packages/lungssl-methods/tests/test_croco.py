@@ -114,7 +114,8 @@ def test_copies_that_know_nothing_are_left_out_of_the_figures(encoder: nn.Module
     batch = smooth_pair(shift_vox=2)
     metrics = method(batch, 0).metrics
     names = {f"loss_vs_{how}" for how in ("identity", "affine", "warp", "density")}
-    assert names | {"attention_tre_mm", "identity_tre_mm", "affine_tre_mm"} <= metrics.keys()
+    names_of_places = {f"{what}_tre_mm" for what in ("attention", "identity", "affine")} | {"attention_tre_mean_mm"}
+    assert names | names_of_places <= metrics.keys()
     assert metrics["identity_tre_mm"].item() == pytest.approx(4.0, abs=1e-3)
     assert metrics["affine_tre_mm"].item() == pytest.approx(2.0, abs=1e-3)
     first, second = batch.views
@@ -140,12 +141,13 @@ def test_the_weights_are_those_that_the_decoder_attends_with() -> None:
     decoder = CrossDecoder(24, depth=2, heads=3).double()
     tokens, memory = torch.randn(2, 4, 24).double(), torch.randn(2, 6, 24).double()
     weights = decoder.attention(tokens, memory)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4).to(weights))
+    assert weights.shape == (2, 2, 3, 4, 6)  # blocks, samples, heads
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 3, 4).to(weights))
     # A memory that says the same everywhere is looked at evenly; one token that says more draws the eye.
     same = decoder.attention(tokens, memory[:, :1].expand(-1, 6, -1))
     torch.testing.assert_close(same, torch.full_like(same, 1 / 6))
     order = torch.randperm(6)
-    torch.testing.assert_close(decoder.attention(tokens, memory[:, order]), weights[:, :, order])
+    torch.testing.assert_close(decoder.attention(tokens, memory[:, order]), weights[..., order])
     torch.testing.assert_close(decoder(tokens, memory[:, order]), decoder(tokens, memory))
     with pytest.raises(ValueError, match="decoder_width 25 must be a multiple of decoder_heads 3"):
         CrossDecoder(25, depth=1, heads=3)

@@ -103,7 +103,9 @@ class Croco(nn.Module):
 
         In `eval()` also, for slot 0: `loss_vs_identity`, `_affine`, `_warp` and `_density`, its ratio to that of copies
         of slot 1 (below 1 is better; normalised per patch as the targets are) on the voxels that the copy knows; and
-        `attention_tre_mm` beside `identity_tre_mm` and `affine_tre_mm`, medians over lung tokens whose place is known.
+        `attention_tre_mm`, of the head that looks nearest (one is enough to copy from the right place), and
+        `attention_tre_mean_mm`, of the last block's mean attention, beside `identity_tre_mm` and `affine_tre_mm`:
+        medians over lung tokens whose place is known.
         Figures that nothing is known of are left out. `step` changes nothing.
 
         Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
@@ -224,8 +226,11 @@ class Croco(nn.Module):
         there = true_mm.isfinite().all(dim=-1)
         if not there.any():
             return {}
+        weights, memory_mm = self.decoder.attention(tokens, memory), torch.cat(looked)
+        heads = [attention_tre_mm(one, memory_mm, true_mm) for one in weights.transpose(1, 2).flatten(0, 1)]
         found = {
-            "attention_tre_mm": attention_tre_mm(self.decoder.attention(tokens, memory), torch.cat(looked), true_mm)
+            "attention_tre_mm": torch.stack(heads).min(),
+            "attention_tre_mean_mm": attention_tre_mm(weights[-1].mean(dim=1), memory_mm, true_mm),
         }
         for how, places in starts.items():
             found[f"{how}_tre_mm"] = torch.linalg.vector_norm(torch.cat(places) - true_mm, dim=-1)[there].median()

@@ -32,12 +32,13 @@ class CrossDecoder(nn.Module):
         return self.norm(tokens)
 
     @torch.no_grad()
-    def attention(self, tokens: Float[Tensor, "b n w"], memory: Float[Tensor, "b m w"]) -> Float[Tensor, "b n m"]:
-        """Where the last block's tokens look in the memory: weights that sum to 1, the mean over its heads."""
-        weights = tokens
-        for place, block in enumerate(self.blocks):
-            tokens, weights = block(tokens, memory, wants_weights=place == len(self.blocks) - 1)
-        return weights
+    def attention(self, tokens: Float[Tensor, "b n w"], memory: Float[Tensor, "b m w"]) -> Float[Tensor, "a b h n m"]:
+        """Where the tokens of each block look in the memory, by each head: weights that sum to 1 over m."""
+        weights = []
+        for block in self.blocks:
+            tokens, looked = block(tokens, memory, wants_weights=True)
+            weights.append(looked)
+        return torch.stack(weights)
 
 
 class _Block(nn.Module):
@@ -60,7 +61,7 @@ class _Block(nn.Module):
     def forward(
         self, tokens: Tensor, memory: Tensor, *, wants_weights: bool = False
     ) -> tuple[Float[Tensor, "b n w"], Tensor]:
-        """The tokens, and the cross-attention [b, n, m] if wanted, else nothing of size."""
+        """The tokens, and the cross-attention [b, h, n, m] if wanted, else nothing of size."""
         normed = self.norms[0](tokens)
         q, k, v = (self._split(part) for part in self.own(normed).chunk(3, dim=-1))
         tokens = tokens + self.own_out(_joined(F.scaled_dot_product_attention(q, k, v)))
@@ -69,7 +70,7 @@ class _Block(nn.Module):
         weights = tokens.new_empty(0)
         if wants_weights:
             scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
-            weights = scores.softmax(dim=-1).mean(dim=1)
+            weights = scores.softmax(dim=-1)
         tokens = tokens + self.cross_out(_joined(F.scaled_dot_product_attention(q, k, v)))
         return tokens + self.mlp(self.norms[3](tokens)), weights
 
