@@ -33,7 +33,7 @@ def test_reasons_name_what_decided() -> None:
     assert "9,600 teacher rows in the run, 32 to a prototype" in auto_prototypes(run(12, 400)).reason
     assert "16 samples a step" in auto_momentum(run()).reason
     config, reasons = Dino.Config(prototypes="auto").settled(run(12, 400))
-    assert (config.prototypes, config.centering, config.momentum) == (256, "ema", 0.99)
+    assert (config.prototypes, config.centering, config.momentum) == (256, "ema", 0.965936)
     assert set(reasons) == {"prototypes", "momentum", "centering"}
     assert config.settled(run(1000, 9))[0] == config and config.settled(run(1000, 9))[1] == {}
     assert isinstance(PhaseDino.Config(prototypes="auto").settled(run())[0], PhaseDino.Config)

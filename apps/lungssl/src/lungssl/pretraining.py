@@ -274,9 +274,11 @@ def pretrain(
 
 
 def alarm_bounds(method: nn.Module) -> CollapseMonitor.Config:
-    """Those of the collapse monitor, less the spread of features for methods that can't collapse."""
+    """The collapse monitor's, without spread and rank of the mean features for methods that can't collapse."""
     bounds = CollapseMonitor.Config()
-    return bounds if getattr(method, "may_collapse", True) else dataclasses.replace(bounds, spread_share=0.0)
+    if getattr(method, "may_collapse", True):
+        return bounds
+    return dataclasses.replace(bounds, spread_share=0.0, rank_share=0.0)
 
 
 def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

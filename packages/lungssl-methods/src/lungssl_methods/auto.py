@@ -77,5 +77,5 @@ def auto_momentum(run: RunSize) -> Auto:
     return Auto(
         value=float(f"{value:.6g}"),
         reason=f"0.996^({run.effective_batch} samples a step / 256), its half-life at most 5 % of {run.total_steps} "
-        f"steps, at least 0.99",
+        f"steps, at least 0.95",
     )

@@ -35,12 +35,12 @@ def cosine_momentum(step: int, *, base: float, total_steps: int) -> float:
 
 
 def auto_momentum(*, effective_batch: int, total_steps: int) -> float:
-    """A teacher's first momentum: 0.996^(batch / 256), capped at a half-life of 5 % of the run, but never below 0.99.
+    """A teacher's first momentum: 0.996^(batch / 256), capped at a half-life of 5 % of the run, but never below 0.95.
 
     0.996 is DINO's at batch 256 and up; the exponent is the scaling rule of Busbridge et al. 2023,
     https://arxiv.org/abs/2307.13813. At batch 16 it gives 0.99975, a half-life of 2770 steps: a short run's teacher
-    would hardly leave its start, hence the cap. 0.99 is a half-life of 69 steps, ten times that of the centre
-    (momentum 0.9): a teacher that moves as fast as its centre follows swings between collapses (decision 0004).
+    would hardly leave its start, hence the cap. 0.95 is a half-life of 13.5 steps, twice that of the centre (momentum
+    0.9): a teacher that moves as fast as its centre follows swings between collapses (decision 0004).
     """
     scaled = 0.996 ** (effective_batch / 256)
-    return min(scaled, max(0.5 ** (1.0 / max(1.0, 0.05 * total_steps)), 0.99))
+    return min(scaled, max(0.5 ** (1.0 / max(1.0, 0.05 * total_steps)), 0.95))
