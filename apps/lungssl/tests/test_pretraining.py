@@ -20,6 +20,7 @@ from lungssl_backbones.weights import load_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.pair import PhasePair, PhaseScan
+from lungssl_methods import METHODS
 from safetensors.torch import load_file
 
 TINY = (
@@ -40,7 +41,23 @@ RECIPES = {
 }
 
 
+SWAPPED = {
+    "simclr": ["method={name: simclr, hidden: 16, out: 8}"],
+    "vicreg": ["method={name: vicreg, expander: [16, 16]}"],
+    "simmim": ["method={name: simmim, mask_unit_tokens: 1}"],
+    "jepa": [
+        "method={name: jepa, predictor_width: 24, predictor_depth: 1, predictor_heads: 2}",
+        "backbone.patch_vox=4",
+    ],
+    "phase_jepa": ["method={name: phase_jepa, predictor_width: 24, predictor_depth: 1, predictor_heads: 2}"],
+    "vox2vec": ["method={name: vox2vec, points: 16, out: 8}", "views.globals_per_slot=2"],
+}
+"""Methods without a recipe of their own: another's, with one line swapped."""
+
+
 def _recipe(name: str, *more: str) -> Recipe:
+    if name in SWAPPED:
+        return load_recipe("mae_vit_nano", [*TINY, "backbone.dim=48", *SWAPPED[name], *more])
     return load_recipe(name, [*RECIPES[name], *more])
 
 
@@ -84,7 +101,12 @@ def _state(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_is_among_those_that_are_resumed() -> None:
+    methods = [recipe.method.name for name in (*RECIPES, *SWAPPED) if (recipe := _recipe(name)).method is not None]
+    assert set(methods) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *SWAPPED])
 def test_every_method_resumes_bit_exactly_after_sigterm(name: str, cache: Path, tmp_path: Path) -> None:
     pretrain(_recipe(name), data=cache, out=tmp_path / "whole")
 
@@ -244,6 +266,8 @@ def test_too_few_evaluations_are_not_judged() -> None:
         "learned": None,
         "verdict": "Not judged: 1 held-out evaluations; lower train.eval_every",
     }
+    lonely = judge([{"step": step, "val/loss": 0.0} for step in range(5)])
+    assert lonely["learned"] is None and "without a second held-out patient" in lonely["verdict"]
     fallen = [{"step": step, "val/loss": 1.0 - 0.1 * step} for step in range(5)]
     assert judge(fallen)["learned"] is True
 

@@ -299,6 +299,12 @@ def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "learned": None,
             "verdict": f"Not judged: {len(evaluations)} held-out evaluations; lower train.eval_every",
         }
+    if not any(evaluation.loss for evaluation in evaluations):
+        return {
+            "learned": None,
+            "verdict": "Not judged: the held-out loss was always 0, as of a contrast without a second held-out patient"
+            "; split more patients into val, or raise train.batch",
+        }
     verdict = check.judge(evaluations)
     return {"learned": verdict.learned, "verdict": verdict.sentence}
 

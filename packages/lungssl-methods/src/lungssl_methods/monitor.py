@@ -65,7 +65,7 @@ class LearningCheck:
             )
         last = steps[-1]
         start, end = self._start_and_end([evaluation.loss for evaluation in history], steps)
-        fall = (start - end) / abs(start)
+        fall = (start - end) / abs(start) if start else 0.0  # a contrast without a stranger has a loss of 0
         sentence = f"held-out loss went from {start:.4f} to {end:.4f} ({-fall:+.1%})"
         # Written so that NaN fails.
         if not fall >= self.margin:
