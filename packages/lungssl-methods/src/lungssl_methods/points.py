@@ -61,18 +61,17 @@ def over_ranks(
 ) -> tuple[PointPairs, Int64[Tensor, " m"]]:
     """The points of all ranks, and the patients (`groups`) that they are of."""
     distance = gather.rows(points.distance_mm)
-    ranks = len(distance) // len(points.distance_mm)
-    blocks = torch.full((len(distance), len(distance)), torch.nan, device=distance.device, dtype=distance.dtype)
-    samples = gather.rows(points.sample)
-    for rank, block in enumerate(distance.chunk(ranks)):
-        start = rank * len(block)
-        blocks[start : start + len(block), start : start + len(block)] = block
-        samples[start : start + len(block)] += rank * (int(points.sample.max()) + 1)
+    n, ranks = len(points.valid), len(distance) // len(points.valid)
+    if ranks == 1:
+        return points, groups
+    rank_of = torch.arange(ranks, device=distance.device).repeat_interleave(n)
+    # Each rank's rows hold distances to its own points; those to other ranks' points are to other samples: not known.
+    distance = distance.repeat(1, ranks).masked_fill(rank_of[:, None] != rank_of[None], torch.nan)
     together = PointPairs(
         first=gather.rows(points.first),
         second=gather.rows(points.second),
-        distance_mm=blocks if ranks > 1 else points.distance_mm,
-        sample=samples,
+        distance_mm=distance,
+        sample=gather.rows(points.sample) + rank_of * (int(points.sample.max()) + 1),
         valid=gather.rows(points.valid),
     )
     return together, gather.rows(groups)
