@@ -63,6 +63,7 @@ HEAD = {"prototypes": "auto", "head_hidden": 256, "head_bottleneck": 64}
 QUICK_TEACHER = {"momentum": 0.95}
 """A half-life of 13 steps, as runs have some 200: with `auto`'s least, 0.99, neither `dino` nor `phase_dino` gained."""
 DECODER = {"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
+PREDICTOR = {"predictor_width": 96, "predictor_depth": 2, "predictor_heads": 4}
 NEGATIVES = {"batch": 12, "lr": 1e-3}
 EXACT = {"points": 256, "known_share": 0.0, "sigma_mm": 1.5, "far_mm": 8.0, "temperature": 0.07}
 """The phantom's displacement doesn't err, so that points 8 mm apart may be told apart, and no other warp is needed."""
@@ -71,8 +72,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "phase_dino": {**SMALL, **VIT, "method": {"name": "phase_dino", **HEAD, **QUICK_TEACHER}},
     "mae": {**WHOLE, **VIT, "method": {"name": "mae", "mask_unit_tokens": 2, **DECODER}},
     "simmim": {**WHOLE, **VIT, "method": {"name": "simmim", "mask_unit_tokens": 2}},
-    "jepa": {**WHOLE, **VIT, "method": {"name": "jepa", **QUICK_TEACHER}},
-    "phase_jepa": {**WHOLE, **VIT, "method": {"name": "phase_jepa", **QUICK_TEACHER}},
+    "jepa": {**WHOLE, **VIT, "method": {"name": "jepa", **PREDICTOR, **QUICK_TEACHER}},
+    "phase_jepa": {**WHOLE, **VIT, "method": {"name": "phase_jepa", **PREDICTOR, **QUICK_TEACHER}},
     "croco": {**WHOLE, **VIT, "method": {"name": "croco", "mask_unit_tokens": 2, **DECODER, "decoder_width": 192}},
     "simclr": {**WHOLE, **VIT, "method": {"name": "simclr"}, "train": NEGATIVES},
     "vicreg": {**WHOLE, **VIT, "method": {"name": "vicreg"}, "train": NEGATIVES},
