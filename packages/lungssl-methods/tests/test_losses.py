@@ -83,7 +83,7 @@ def test_constant_logits_give_the_centre_in_closed_form() -> None:
 def test_unequal_local_batches_give_the_global_mean() -> None:
     rows = torch.randn(7, 5)
 
-    class OtherRank:
+    class OtherRank(LocalGather):
         """A rank that holds the last 4 rows."""
 
         def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -215,8 +215,9 @@ class Dino(nn.Module):
             metrics["patch_loss_lnk"] = patch.detach() / ln_k
         if config.koleo_weight > 0:
             patient = self.gather.rows(batch.patient)
-            spread = torch.stack([koleo(self.gather.rows(one), patient) for one in embeddings[: len(teacher)]]).mean()
             if len(patient.unique()) >= KOLEO_FROM_PATIENTS:
+                rows = [self.gather.rows(one) for one in embeddings[: len(teacher)]]
+                spread = torch.stack([koleo(one, patient) for one in rows]).mean()
                 total = total + config.koleo_weight * spread
                 metrics["koleo"] = spread.detach()
         if self.anchor is not None and step >= self._refresh_steps():
