@@ -3,9 +3,9 @@
 Run: uv run python benchmarks/bench_collapse.py [--seeds 3] [--recipes mae_vit_nano] [--quick]
 
 200 steps each. Broken, of `dino_vit_nano`: neither centred nor sharpened (teacher temperature that of the student);
-teacher momentum 0; 100 times the learning rate. Sound: `dino_vit_nano` with every seed, the other small recipes with
-one. A ratio doesn't apply; `checks` say whether each broken run gave an alarm and each sound one none. `--quick`: one
-broken run and one sound one, of one seed.
+teacher momentum 0; 100 times the learning rate. Sound: `dino_vit_nano` with every seed, the other small recipes, and
+those with another method swapped in, with one. A ratio doesn't apply; `checks` say whether each broken run gave an
+alarm and each sound one none. `--quick`: one broken run and one sound one, of one seed.
 """
 
 import argparse
@@ -36,7 +36,23 @@ UNCENTRED = "neither centred nor sharpened"
 SOUND = (
     *("dino_resenc_tiny", "mae_vit_nano", "mae_resenc_tiny"),
     *("phase_dino_vit_nano", "croco_vit_nano", "paired_dense_resenc_tiny"),
+    *("spark_resenc_tiny", "simclr_vit_nano", "vicreg_vit_nano", "simmim_vit_nano", "jepa_vit_nano"),
+    *("phase_jepa_vit_nano", "vox2vec_resenc_tiny"),
 )
+SWAPPED = {
+    "simclr_vit_nano": ("mae_vit_nano", "method={name: simclr}"),
+    "vicreg_vit_nano": ("mae_vit_nano", "method={name: vicreg}"),
+    "simmim_vit_nano": ("mae_vit_nano", "method={name: simmim, mask_unit_tokens: 2}"),
+    "jepa_vit_nano": (
+        "mae_vit_nano",
+        "method={name: jepa, predictor_width: 96, predictor_depth: 2, predictor_heads: 4}",
+    ),
+    "phase_jepa_vit_nano": (
+        *("croco_vit_nano", "method={name: phase_jepa, predictor_width: 96, predictor_depth: 2, predictor_heads: 4}"),
+    ),
+    "vox2vec_resenc_tiny": ("paired_dense_resenc_tiny", "method={name: vox2vec}"),
+}
+"""Methods without a shipped small recipe: whose data and backbone, and the method."""
 SHOWN = ("loss", "teacher_entropy_lnk", "teacher_kl_lnk", "prototypes_used")
 
 
@@ -61,7 +77,9 @@ def main() -> None:
         kept = json.loads(results.read_text())["rows"]
         rows = [row for row in kept if (row["recipe"], row["what"], row["seed"]) not in again]
     for recipe, what, seed, changes in plan:
-        rows.append(one_run(recipe, what, load_recipe(recipe, [*COMMON, f"seed={seed}", *changes]), data))
+        base, *method = SWAPPED.get(recipe, (recipe,))
+        made = load_recipe(base, [*method, *COMMON, f"seed={seed}", *changes])
+        rows.append(one_run(recipe, what, made, data))
         said = "; ".join(rows[-1]["alarms"]) or "no alarm"
         print(f"{recipe}, {what}, seed {seed}: {said} ({rows[-1]['seconds']:.0f} s)", flush=True)
     checks = {

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from lungssl_methods.monitor import Evaluation, LearningCheck, Verdict
@@ -17,7 +18,7 @@ ZERO_RATE_ENTROPIES = [0.9358, 0.9867, 0.9931, 0.9941, 0.9941, 0.9940, 0.9942, 0
 
 def test_a_zero_learning_rate_dino_fails_by_loss_and_by_entropy() -> None:
     check = LearningCheck()
-    verdict = check.judge(_history(ZERO_RATE_LOSSES, ZERO_RATE_ENTROPIES))
+    verdict = check.judge(_history(ZERO_RATE_LOSSES))
     assert not verdict.learned and "held-out loss went from" in verdict.sentence
     fallen = [*ZERO_RATE_LOSSES[:-2], 7.0, 6.9]
     verdict = check.judge(_history(fallen, ZERO_RATE_ENTROPIES))
@@ -65,6 +66,43 @@ def test_a_teacher_outside_its_bounds_after_warmup_fails(entropy: float, reason:
     assert LearningCheck().judge(_history(losses, [entropy, 0.5, 0.5, 0.5, 0.5])).learned
     verdict = LearningCheck().judge(_history(losses, [0.5, 0.5, 0.5, entropy, 0.5]))
     assert not verdict.learned and reason in verdict.sentence and "at step 60" in verdict.sentence
+
+
+def _looked_up(losses: list[float], landmarks: list[float], floor: float = 19.3) -> list[Evaluation]:
+    pairs = zip(losses, landmarks, strict=True)
+    return [
+        Evaluation(step=25 * i, loss=loss, landmark_mm=landmark, landmark_floor_mm=floor)
+        for i, (loss, landmark) in enumerate(pairs)
+    ]
+
+
+def test_landmarks_found_better_are_evidence_where_the_loss_is_not_unless_there_was_an_alarm() -> None:
+    risen = [5.5, 5.2, 5.3, 5.7, 5.9]
+    sound = _looked_up(risen, [52.1, 51.8, 50.6, 49.9, 49.7])  # those of a sound dino
+    verdict = LearningCheck().judge(sound)
+    assert verdict.learned
+    assert verdict.sentence == (
+        "Learning, by its landmarks: held-out loss went from 5.5000 to 5.8000 (+5.5%), needed is -3.0% or less; "
+        "landmarks from 52.1 to 49.8 mm, of which the grid alone has 19.3."
+    )
+    alarmed = LearningCheck().judge(sound, alarms=["embedding_std fell"])
+    assert not alarmed.learned and alarmed.sentence.endswith("; alarms were raised.")
+    # neither centred nor sharpened; at rate 0; without a number
+    for landmarks in ([49.2, 49.3, 49.0, 49.0, 49.0], [49.2] * 5, [49.2, 49.3, math.nan, math.nan, math.nan]):
+        assert not LearningCheck().judge(_looked_up(risen, landmarks)).learned
+
+
+def test_features_that_got_worse_while_the_loss_fell_are_told() -> None:
+    verdict = LearningCheck().judge(_looked_up([1.16, 1.0, 0.9, 0.86], [32.8, 69.6, 80.1, 80.1], floor=20.1))
+    assert verdict.learned and "from 32.8 to 80.1 mm" in verdict.sentence
+    assert verdict.sentence.endswith("; its features find landmarks worse than at the start.")
+    assert "worse" not in LearningCheck().judge(_looked_up([1.16, 1.0, 0.9, 0.86], [32.8, 32.9, 33.0, 33.1])).sentence
+
+
+def test_a_uniform_teacher_fails_whatever_its_landmarks_say() -> None:
+    pairs = zip(_looked_up([8.0, 7.5, 7.0, 6.5], [50.0, 40.0, 30.0, 25.0]), [0.5, 0.5, 0.99, 0.99], strict=True)
+    history = [replace(evaluation, teacher_entropy_lnk=entropy) for evaluation, entropy in pairs]
+    assert "all crops look alike" in LearningCheck().judge(history).sentence
 
 
 def test_a_loss_that_became_nan_fails() -> None:

@@ -265,7 +265,7 @@ def pretrain(
         export = run.export / "encoder.safetensors"
         extra = {"method": recipe.method.name if recipe.method else "", "steps": str(result.step)}
         save_encoder(parts.method.export_encoder(), export, extra=extra)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        summary |= {"held_out_split": parts.held_out_split, **judge(read_metrics(run.metrics))}
+        summary |= {"held_out_split": parts.held_out_split, **judge(read_metrics(run.metrics), result.alarms)}
         run.say(f"encoder: {export}")
         run.say(summary["verdict"])
     summary["seconds"] = round(time.perf_counter() - started, 1)
@@ -281,7 +281,7 @@ def alarm_bounds(method: nn.Module) -> CollapseMonitor.Config:
     return dataclasses.replace(bounds, spread_share=0.0, rank_share=0.0)
 
 
-def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def judge(history: Sequence[Mapping[str, Any]], alarms: Sequence[str] = ()) -> dict[str, Any]:
     """Whether the held-out lines of a metrics.jsonl show learning: `learned` (None: too few to tell) and `verdict`."""
     evaluations = [
         Evaluation(
@@ -289,6 +289,8 @@ def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             loss=line["val/loss"],
             teacher_entropy_lnk=line.get("val/teacher_entropy_lnk"),
             teacher_kl_lnk=line.get("val/teacher_kl_lnk"),
+            landmark_mm=line.get("probe/landmark_mm"),
+            landmark_floor_mm=line.get("probe/landmark_floor_mm"),
         )
         for line in history
         if "val/loss" in line
@@ -305,7 +307,7 @@ def judge(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "verdict": "Not judged: the held-out loss was always 0, as of a contrast without a second held-out patient"
             "; split more patients into val, or raise train.batch",
         }
-    verdict = check.judge(evaluations)
+    verdict = check.judge(evaluations, alarms=alarms)
     return {"learned": verdict.learned, "verdict": verdict.sentence}
 
 
