@@ -15,7 +15,6 @@ from lungssl_methods.latent import (
     latent_loss,
     latent_targets,
     target_std,
-    variance_covariance_floor,
 )
 from lungssl_methods.method import Method
 from lungssl_methods.phase_jepa import PhaseJepa, lung_volume_ml
@@ -63,17 +62,6 @@ def test_tokens_of_no_weight_cost_nothing_and_only_they_costs_zero_with_zero_gra
     loss = latent_loss(predicted, target, torch.zeros(1, 2))
     loss.backward()
     assert loss.item() == 0.0 and predicted.grad is not None and not predicted.grad.any()
-
-
-def test_the_floor_is_that_of_vicreg() -> None:
-    assert variance_covariance_floor(torch.ones(5, 3)).item() == pytest.approx(1 - math.sqrt(1e-4))
-    whitened = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    assert variance_covariance_floor(whitened).item() == pytest.approx(0.0, abs=1e-7)
-    # two equal channels of variance 4/3: covariance 4/3 twice, over 2 channels, times 0.04
-    tied = whitened[:, :1].expand(4, 2)
-    assert variance_covariance_floor(tied).item() == pytest.approx(0.04 * (4 / 3) ** 2)
-    with pytest.raises(ValueError, match="at least 2 rows, got 1"):
-        variance_covariance_floor(torch.ones(1, 3))
 
 
 def test_the_predictor_tells_targets_by_their_place_only() -> None:

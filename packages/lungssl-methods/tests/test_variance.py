@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_losses() -> None:
 
 def test_one_row_has_no_statistics() -> None:
     x = torch.ones(1, 4)
-    with pytest.raises(ValueError, match="vicreg needs at least 2 rows for its statistics, got 1"):
+    with pytest.raises(ValueError, match="VICReg needs at least 2 rows for its statistics, got 1"):
         vicreg_terms(x, x)
     with pytest.raises(ValueError, match="barlow_twins needs at least 2 rows for its statistics, got 1"):
         barlow_twins(x, x)

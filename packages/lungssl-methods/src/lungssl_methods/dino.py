@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from lungssl_backbones.encoder import Features, token_grid
 from lungssl_data.batch import PairBatch, StepOutput, View
@@ -27,6 +26,7 @@ from lungssl_methods.pairing import PairPolicy, pair_weight, policy_weights, slo
 from lungssl_methods.regularisers import gram, koleo
 from lungssl_methods.schedules import cosine_momentum, linear_warmup_then_constant
 from lungssl_methods.teacher import follow, slow_copy
+from lungssl_methods.variance import direction_spread
 
 SINKHORN_FROM_ROWS = 256
 """Teacher rows per step from which Sinkhorn's even shares say something (`ssl.md` B.1); below, the moving centre."""
@@ -196,12 +196,11 @@ class Dino(nn.Module):
             teacher_share = weight.sum(dim=0) / weight.sum()
             entropy = (teacher_share * teacher_entropy).sum()
             ln_k = math.log(self.prototypes)
-            directions = F.normalize(embeddings[: len(teacher)].float(), dim=-1).flatten(0, 1)
             metrics = {
                 "loss_lnk": loss.detach() / ln_k,
                 "teacher_entropy_lnk": entropy / ln_k,
                 "teacher_kl_lnk": (loss.detach() - entropy) / ln_k,
-                "embedding_std": directions.std(dim=0).mean() * math.sqrt(directions.shape[1]),
+                "embedding_std": direction_spread(embeddings[: len(teacher)]),
                 "ema_momentum": torch.tensor(self.momentum(step)),
                 "teacher_temperature": torch.tensor(temperature),
             }

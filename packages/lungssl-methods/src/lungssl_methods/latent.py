@@ -1,4 +1,4 @@
-"""Prediction in feature space: the predictor, its targets, the loss, and what keeps features apart.
+"""Prediction in feature space: the predictor, its targets and the loss.
 
 Source: I-JEPA, Assran et al. 2023, https://arxiv.org/abs/2301.08243 (narrow transformer, mask tokens with positions,
 layer-normed EMA features); L1 is V-JEPA 2's (Assran et al. 2025, https://arxiv.org/abs/2506.09985).
@@ -13,9 +13,6 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 LatentNorm = Literal["smooth_l1", "l1"]
-
-_STD_EPS = 1e-4
-"""VICReg's, below the root."""
 
 
 class LatentPredictor(nn.Module):
@@ -86,22 +83,3 @@ def latent_loss(
 def target_std(target: Float[Tensor, "b m d"]) -> Float[Tensor, ""]:
     """Mean over channels of their spread over tokens: near 1 for features that differ, 0 once all are the same."""
     return target.flatten(0, 1).std(dim=0, correction=0).mean()
-
-
-def variance_covariance_floor(
-    rows: Float[Tensor, "rows d"], *, variance_weight: float = 1.0, covariance_weight: float = 0.04
-) -> Float[Tensor, ""]:
-    """VICReg's terms that keep features from collapsing: hinge of each channel's spread at 1, and its correlations.
-
-    Bardes et al. 2022, https://arxiv.org/abs/2105.04906, eq. 1 to 4; 1 and 1/25 keep their proportion. Constant rows
-    give variance_weight * 0.99, rows of unit variance and no covariance 0. Raises ValueError for fewer than 2 rows.
-    """
-    if len(rows) < 2:
-        raise ValueError(f"a variance needs at least 2 rows, got {len(rows)}; take larger views")
-    with torch.autocast(rows.device.type, enabled=False):
-        centred = rows.float() - rows.float().mean(dim=0)
-        covariance = centred.mT @ centred / (len(rows) - 1)
-        variance = covariance.diagonal()
-        hinge = torch.relu(1.0 - (variance + _STD_EPS).sqrt()).mean()
-        off_diagonal = (covariance.square().sum() - variance.square().sum()) / rows.shape[1]
-        return variance_weight * hinge + covariance_weight * off_diagonal

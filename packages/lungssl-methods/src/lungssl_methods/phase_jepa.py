@@ -25,13 +25,13 @@ from lungssl_methods.latent import (
     latent_targets,
     take,
     target_std,
-    variance_covariance_floor,
 )
 from lungssl_methods.mae import sincos_positions
 from lungssl_methods.masking import random_block_masks, visible_indices
 from lungssl_methods.method import Gather, LocalGather, ViewCounts
 from lungssl_methods.schedules import cosine_momentum
 from lungssl_methods.teacher import follow, slow_copy
+from lungssl_methods.variance import spread_terms
 
 _LEAST_ML = 1.0
 """Added to both lung volumes, so that a crop without lung has a ratio too."""
@@ -167,7 +167,8 @@ class PhaseJepa(nn.Module):
             metrics[f"{name}_loss_vs_zero"] = losses[name].detach() / zero.clamp_min(1e-6)
         variance, covariance = config.floor_weights
         rows = self.gather.rows(context.flatten(0, 1))
-        floor = variance_covariance_floor(rows, variance_weight=variance, covariance_weight=covariance)
+        hinge, off_diagonal = spread_terms(rows)
+        floor = variance * hinge + covariance * off_diagonal
         predicted_loss = config.within_weight * losses["within"] + (1 - config.within_weight) * losses["across"]
         loss = predicted_loss + floor
         return StepOutput(

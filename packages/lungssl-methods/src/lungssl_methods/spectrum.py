@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from lungssl_methods.variance import direction_spread
+
 _RANKME_EPS = 1e-7
 """Added to each share, as RankMe has it."""
 
@@ -31,8 +33,7 @@ def rankme(features: Float[Tensor, "n d"]) -> float:
 
 def embedding_std(features: Float[Tensor, "n d"]) -> float:
     """Spread of L2-normalised rows times sqrt(d): 1 for directions all over the sphere, 0 where all are one."""
-    rows = torch.nn.functional.normalize(features.double(), dim=-1)
-    return float(rows.std(dim=0, correction=0).mean() * rows.shape[1] ** 0.5)
+    return float(direction_spread(features.double()))
 
 
 def off_diagonal_cosine(features: Float[Tensor, "n d"]) -> float:

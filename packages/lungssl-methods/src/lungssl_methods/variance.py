@@ -22,11 +22,23 @@ def vicreg_terms(
 
     Raises ValueError for fewer than 2 rows, which have no variance.
     """
-    _check_rows(first, "vicreg")
+    (hinge, covariance), (other_hinge, other_covariance) = (spread_terms(z, eps=eps) for z in (first, second))
     with torch.autocast(first.device.type, enabled=False):
-        x, y = _full(first), _full(second)
-        variance = (_hinge(x, eps) + _hinge(y, eps)) / 2
-        return F.mse_loss(x, y), variance, _covariance(x) + _covariance(y)
+        invariance = F.mse_loss(_full(first), _full(second))
+    return invariance, (hinge + other_hinge) / 2, covariance + other_covariance
+
+
+def spread_terms(x: Float[Tensor, "n d"], *, eps: float = 1e-4) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """What keeps VICReg's rows apart: hinge of each channel's standard deviation at 1, and squared covariances.
+
+    Eq. 1 to 4 of the paper; `eps` is added to variances below the root. Constant rows give 1 - sqrt eps and 0, rows of
+    unit variance without covariance 0 and 0. Raises ValueError for fewer than 2 rows.
+    """
+    _check_rows(x, "VICReg")
+    with torch.autocast(x.device.type, enabled=False):
+        full = _full(x)
+        hinge = F.relu(1.0 - (full.var(dim=0) + eps).sqrt()).mean()
+        return hinge, _covariance(full)
 
 
 def barlow_twins(
@@ -60,10 +72,6 @@ def _full(x: Tensor) -> Tensor:
 
 def _standardised(x: Float[Tensor, "n d"], eps: float) -> Float[Tensor, "n d"]:
     return (x - x.mean(dim=0)) * (x.var(dim=0, correction=0) + eps).rsqrt()
-
-
-def _hinge(x: Float[Tensor, "n d"], eps: float) -> Float[Tensor, ""]:
-    return F.relu(1.0 - (x.var(dim=0) + eps).sqrt()).mean()
 
 
 def _covariance(x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
