@@ -129,7 +129,7 @@ def main() -> None:
                 row = about | baselines | one_run(name, seed, data, pairs, untrained, minutes=minutes)
                 add(results, row)
                 print(sentence(row), flush=True)
-    print(table(rows_of(results)))
+    print(tables(rows_of(results)))
     print(json.dumps(head(rows_of(results))))
 
 
@@ -351,22 +351,41 @@ def sentence(row: dict[str, Any]) -> str:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    titles = (
-        "method | encoder | rho | seed | error mm | untrained | gain, 95 % | median | > 20 mm | near | position only | "
-        "grid | steps | TFLOP | s"
-    )
-    lines = [f"| {titles} |", "|" + "---|" * len(titles.split("|"))]
-    for row in sorted(rows, key=lambda row: (-row["rho"], row["error_mm"])):
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the first seed's runs of each rho, then every seed's error of the methods that have several."""
+    found = []
+    for rho in sorted({row["rho"] for row in rows}, reverse=True):
+        found += [f"\nrho {rho:g}, seed 0\n", *table([row for row in rows if row["rho"] == rho and row["seed"] == 0])]
+    return "\n".join([*found, "\nSeeds\n", *seeds_table(rows)])
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown, the least error first."""
+    titles = "method|encoder|min|steps|TFLOP|error|untrained|gain (95 %)|median|over 20 mm|near|near, untrained"
+    lines = ["| " + " | ".join(titles.split("|")) + " |", "|" + "---|" * len(titles.split("|"))]
+    for row in sorted(rows, key=lambda row: row["error_mm"]):
         low, high = row["gain_95_mm"]
-        cells = [row["method"], row["backbone"], f"{row['rho']:g}", row["seed"], f"{row['error_mm']:.1f}"]
-        cells += [f"{row['untrained_mm']:.1f}", f"{row['gain_mm']:.1f} ({low:.1f} to {high:.1f})"]
-        cells += [f"{row['median_mm']:.1f}", f"{100 * row['far_share']:.0f} %", f"{row['near_mm']:.1f}"]
-        cells += [f"{row['position_only_mm']:.1f}", f"{row['floor_mm']:.1f}", row["steps"], row["tflop"]]
-        cells.append(f"{row['seconds']:.0f}")
+        cells = [f"`{row['method']}`", row["backbone"], f"{row['minutes']:g}", row["steps"], f"{row['tflop']:.1f}"]
+        cells += [f"{row['error_mm']:.1f}", f"{row['untrained_mm']:.1f}"]
+        cells += [f"{row['gain_mm']:.1f} ({low:.1f} to {high:.1f})", f"{row['median_mm']:.1f}"]
+        cells += [f"{100 * row['far_share']:.0f} %", f"{row['near_mm']:.1f}", f"{row['untrained_near_mm']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return lines
+
+
+def seeds_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: what two seeds or more gave, each with its steps, as these differ with the machine's load."""
+    runs: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        runs.setdefault((row["method"], row["rho"], row["minutes"]), []).append(row)
+    lines = ["| method | rho | error by seed (steps) | gain by seed | gain, mean |", "|" + "---|" * 5]
+    for (method, rho, _), same in sorted(runs.items(), key=lambda item: (item[0][0], -item[0][1])):
+        if len(same) > 1:
+            errors = ", ".join(f"{row['error_mm']:.1f} ({row['steps']})" for row in same)
+            gains = [row["gain_mm"] for row in same]
+            shown = ", ".join(f"{gain:.1f}" for gain in gains)
+            lines.append(f"| `{method}` | {rho:g} | {errors} | {shown} | {np.mean(gains):.1f} |")
+    return lines
 
 
 if __name__ == "__main__":
