@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lungssl_methods.variance import barlow_twins, direction_spread, vicreg_terms
+from lungssl_methods.variance import barlow_twins, direction_spread, spread_terms, vicreg_terms
 
 # T9
 
@@ -92,3 +92,15 @@ def test_losses_are_float32_under_autocast() -> None:
 def test_directions_all_over_the_sphere_spread_by_1_and_equal_ones_by_0() -> None:
     assert direction_spread(torch.randn(2, 2000, 16)).item() == pytest.approx(1.0, abs=0.02)
     assert direction_spread(torch.ones(7, 16)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_floor_of_one_batch_is_that_of_vicreg() -> None:
+    hinge, covariance = spread_terms(torch.ones(5, 3))
+    assert hinge.item() == pytest.approx(1 - 1e-4**0.5) and covariance.item() == 0.0
+    whitened = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert [term.item() for term in spread_terms(whitened)] == pytest.approx([0.0, 0.0], abs=1e-7)
+    # two equal channels of variance 4/3: covariance 4/3 twice, over 2 channels
+    hinge, covariance = spread_terms(whitened[:, :1].expand(4, 2))
+    assert hinge.item() == 0.0 and covariance.item() == pytest.approx((4 / 3) ** 2)
+    with pytest.raises(ValueError, match="at least 2 rows for its statistics, got 1"):
+        spread_terms(torch.ones(1, 3))
