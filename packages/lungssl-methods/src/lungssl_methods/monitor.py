@@ -55,8 +55,8 @@ class LearningCheck:
     landmark_margin: float = 0.03
     """Least fall of the landmark error, as a share of its start. `benchmarks/bench_collapse.py`: 0.046 to 0.088 in
     sound runs of `dino_vit_nano` (three seeds) and `phase_dino_vit_nano`, at most 0.004 in three neither centred nor
-    sharpened; at rate 0 nothing moves. A rise by as much is said, too. Not as a share of what it exceeds its floor by: on a grid of
-    22 mm half a millimetre was a third of that."""
+    sharpened; at rate 0 nothing moves. A rise by as much is said, too. Not as a share of what it exceeds its floor by:
+    on a grid of 22 mm half a millimetre was a third of that."""
     window: int = 2
     """Evaluations averaged at the end and at the peak."""
     entropy_lnk: tuple[float, float] = (0.2, 0.95)
