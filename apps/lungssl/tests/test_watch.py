@@ -22,6 +22,16 @@ def poisoned(fake_run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return bad
 
 
+CONSTANT_RATE = {
+    "steps": 70,
+    "warmup": 0.0,
+    "weight_decay": 0.0,
+    "final_weight_decay": 0.0,
+    "lr": 1e-2,
+    "final_lr": 1e-2,
+}
+
+
 def _rising(fake_run: ModuleType, monkeypatch: pytest.MonkeyPatch, *, from_step: int, above_rate: float) -> list[float]:
     """A method whose loss is reported as 9 from a step on, as long as its weights moved faster than a bound.
 
@@ -98,12 +108,12 @@ def test_stop_ends_the_run_with_the_reason_and_writes_no_checkpoint_of_it(
 def test_rollback_halves_the_rate_until_it_holds(
     tmp_path: Path, fake_run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"steps": 70, "warmup": 0.0, "weight_decay": 0.0, "final_weight_decay": 0.0, "lr": 1e-2, "final_lr": 1e-2}
     moves = _rising(fake_run, monkeypatch, from_step=45, above_rate=4e-3)
-    result, _ = fake_run.train(tmp_path / "run", on_collapse="rollback", **options)
+    result, _ = fake_run.train(tmp_path / "run", on_collapse="rollback", **CONSTANT_RATE)
     assert result.step == 70
     said = capsys.readouterr().err
     assert "back to step 45 with learning rates times 0.5" in said
+    assert result.alarms == () and "back to step 45 with learning rates times 0.5" in result.returns[0]
     assert moves[-1] < 4e-3 < moves[30]
     lines = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "lr" in line]
     assert [line["step"] for line in lines] == list(range(1, 71))  # what was undone is not told twice
@@ -124,15 +134,17 @@ def test_rollback_survives_a_step_without_a_number_and_gives_up_after_three(
     assert result.step == 20 and result.alarms == ()
 
 
+@pytest.mark.parametrize("die_at", [43, 67], ids=["before a return", "after it"])
 def test_a_monitored_run_that_is_killed_and_resumed_equals_one_that_was_not(
-    tmp_path: Path, fake_run: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake_run: ModuleType, monkeypatch: pytest.MonkeyPatch, die_at: int
 ) -> None:
     import signal
 
     _rising(fake_run, monkeypatch, from_step=45, above_rate=4e-3)
-    fake_run.train(tmp_path / "whole", steps=70, on_collapse="rollback")
-    fake_run.train(tmp_path / "parts", steps=70, on_collapse="rollback", die_at=43, send=signal.SIGTERM)
-    fake_run.train(tmp_path / "parts", steps=70, on_collapse="rollback", resume=True)
+    fake_run.train(tmp_path / "whole", on_collapse="rollback", **CONSTANT_RATE)
+    fake_run.train(tmp_path / "parts", on_collapse="rollback", die_at=die_at, send=signal.SIGTERM, **CONSTANT_RATE)
+    result, _ = fake_run.train(tmp_path / "parts", on_collapse="rollback", resume=True, **CONSTANT_RATE)
+    assert result.returns == tuple(watch_state(tmp_path / "whole/checkpoints/step_70")["returns"]) != ()
     states = [watch_state(tmp_path / name / "checkpoints/step_70") for name in ("whole", "parts")]
     assert states[0] == states[1]
 

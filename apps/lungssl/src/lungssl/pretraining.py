@@ -260,7 +260,7 @@ def pretrain(
         run.say(f"to see where: lungssl pretrain {out / 'config.yaml'} --data {data} --replay {error.kept}")
         raise
     summary: dict[str, Any] = {"step": result.step, "stopped_by": result.stopped_by, "data": parts.fingerprint}
-    summary["alarms"] = list(result.alarms)
+    summary |= {"alarms": list(result.alarms), "returns": list(result.returns)}
     if result.stopped_by is None:
         export = run.export / "encoder.safetensors"
         extra = {"method": recipe.method.name if recipe.method else "", "steps": str(result.step)}

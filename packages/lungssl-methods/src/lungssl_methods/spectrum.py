@@ -58,8 +58,8 @@ def paired_retrieval(exhale: Float[Tensor, "n d"], inhale: Float[Tensor, "n d"])
 def phase_auc(features: Float[Tensor, "n d"], inhale: Bool[Tensor, " n"], patient: Int64[Tensor, " n"]) -> float:
     """How well a linear probe tells phases of patients it wasn't fitted to: area under the ROC curve, 0.5 is chance.
 
-    Ridge regression on standardised features with the penalty n, each patient left out in turn; scores of all folds are
-    ranked together after each fold's mean is taken off. 1 means that the phase is written into the embedding.
+    Ridge regression without intercept on standardised features, with the penalty n, each patient left out in turn; the
+    scores of all folds are ranked together. 1 means that the phase is written into the embedding.
     """
     x = features.double()
     x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-12)

@@ -83,7 +83,9 @@ class FitResult:
     stopped_by: str | None
     """Signal or file that ended it early, None where all steps were made."""
     alarms: tuple[str, ...] = ()
-    """What the collapse monitor said, once a kind."""
+    """What the collapse monitor said, once a kind, but for what was undone by a return."""
+    returns: tuple[str, ...] = ()
+    """Returns to a checkpoint with their reasons."""
 
 
 def fit(
@@ -123,7 +125,8 @@ def fit(
                     f"again. Lower train.lr, or look at the data"
                 ) from alarm
             watch.rate_scale *= RATE_AFTER_ROLLBACK
-            run.say(f"WARNING: {reason}; back to step {start} with learning rates times {watch.rate_scale:g}")
+            watch.returns.append(f"{reason}; back to step {start} with learning rates times {watch.rate_scale:g}")
+            run.say(f"WARNING: {watch.returns[-1]}")
             for part in module.modules():
                 if isinstance(part, Forgets):  # counts of a step that was left in its middle
                     part.forget()
@@ -149,7 +152,7 @@ def _fit(
     start = 0
     if checkpoint is not None:
         start = load_checkpoint(checkpoint, module, optimizer)
-        watch.load(watch_state(checkpoint), rate_too=resumed)
+        watch.load(watch_state(checkpoint), returned=not resumed)
     if start and resumed:
         run.say(f"resuming after step {start}")
     stream = read_ahead(read, start * config.accumulate, config.steps * config.accumulate, workers=config.workers)
@@ -220,7 +223,8 @@ def _fit(
     if reason == "SIGINT":
         raise KeyboardInterrupt
     alarms = tuple(alarm.sentence for alarm in watch.alarms)
-    return FitResult(step=done, stopped_by=reason if done < config.steps else None, alarms=alarms)
+    ended = reason if done < config.steps else None
+    return FitResult(step=done, stopped_by=ended, alarms=alarms, returns=tuple(watch.returns))
 
 
 def _go_back(run: RunFolder, rollbacks: list[int]) -> int:

@@ -51,6 +51,8 @@ class Watch:
         self.policy = policy
         self.rate_scale = 1.0
         """Factor on all learning rates."""
+        self.returns: list[str] = []
+        """Why and to where the run went back, in order."""
         self._say = say
         self._monitor = (bounds or CollapseMonitor.Config()).build()
 
@@ -69,16 +71,18 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """All that decides the next alarm, as plain values for a checkpoint."""
-        return {"rate_scale": self.rate_scale, "monitor": self._monitor.state()}
+        return {"rate_scale": self.rate_scale, "returns": self.returns, "monitor": self._monitor.state()}
 
-    def load(self, state: Mapping[str, Any], *, rate_too: bool = True) -> None:
+    def load(self, state: Mapping[str, Any], *, returned: bool = False) -> None:
         """Continue from `state`; an empty one, of a checkpoint without, changes nothing.
 
-        After a return to a checkpoint the rate is not that checkpoint's: not `rate_too`.
+        `returned`: the run went back to that checkpoint, which knows neither the lowered rate nor the reason.
         """
         if state:
             self._monitor.load(state["monitor"])
-            self.rate_scale = state["rate_scale"] if rate_too else self.rate_scale
+            if not returned:
+                self.rate_scale = state["rate_scale"]
+                self.returns = list(state.get("returns", []))
 
     def _answer(self, look: Callable[[], Alarm | None]) -> None:
         known = {alarm.kind for alarm in self.alarms}
