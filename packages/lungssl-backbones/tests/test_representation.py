@@ -2,7 +2,15 @@ import math
 
 import pytest
 import torch
-from lungssl_backbones.representation import effective_rank, landmark_error_mm, paired_retrieval, pca_colours, rankme
+from lungssl_backbones.representation import (
+    effective_rank,
+    landmark_error_mm,
+    off_diagonal_cosine,
+    paired_retrieval,
+    pca_colours,
+    phase_auc,
+    rankme,
+)
 
 
 def test_rankme_of_k_equal_singular_values_is_k() -> None:
@@ -21,10 +29,10 @@ def test_rankme_counts_a_constant_as_one_dimension_and_effective_rank_as_none() 
     assert rankme(torch.zeros(5, 3)) == effective_rank(torch.zeros(5, 3)) == 0
 
 
-def test_effective_rank_weighs_variances_and_ignores_the_mean() -> None:
-    # Columns at +-3 and +-1, orthogonal and centred: variances 9 and 1, p = (0.9, 0.1).
+def test_effective_rank_of_a_known_spectrum_ignores_the_mean() -> None:
+    # Columns at +-3 and +-1, orthogonal and centred: singular values 6 and 2, p = (0.75, 0.25).
     features = torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])
-    expected = math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    expected = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert effective_rank(features) == pytest.approx(expected, rel=1e-6)
     assert effective_rank(features + torch.tensor([100.0, -7.0])) == pytest.approx(expected, rel=1e-6)
 
@@ -33,9 +41,12 @@ def test_retrieval_finds_the_twin_whatever_its_length_and_collapse_finds_nobody(
     torch.manual_seed(0)
     exhale = torch.randn(40, 16)
     exact = paired_retrieval(exhale, 3 * exhale)
-    assert (exact.top1, exact.top5, exact.n) == (1.0, 1.0, 40)
+    assert (exact.top1, exact.top5, exact.mrr, exact.n) == (1.0, 1.0, 1.0, 40)
+    random = paired_retrieval(torch.randn(400, 8), torch.randn(400, 8))
+    assert random.top1 < 0.02 and random.mrr < 0.04
     collapsed = paired_retrieval(torch.ones(40, 16), torch.ones(40, 16))
     assert (collapsed.top1, collapsed.top5) == (0.0, 0.0)
+    assert collapsed.mrr == pytest.approx(1 / 40)  # ties count against
 
 
 def test_retrieval_counts_ranks() -> None:
@@ -44,6 +55,7 @@ def test_retrieval_counts_ranks() -> None:
     circle = [torch.stack([a.cos(), a.sin()], dim=1) for a in (exhale, inhale)]
     result = paired_retrieval(*circle)
     assert result.top1 == pytest.approx(1 / 3)
+    assert 1 / 3 < result.mrr < 1
     assert result.top5 == 1.0
 
 
@@ -78,3 +90,43 @@ def test_pca_colours_do_not_depend_on_the_order_of_rows() -> None:
 def test_pca_colours_of_two_dimensions_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"3 dimensions to fit on, got \(9, 2\)"):
         pca_colours(torch.ones(9, 2))
+
+
+def orthogonal(n: int, d: int) -> torch.Tensor:
+    """Centred rows whose columns are orthonormal."""
+    random = torch.randn(n, d, dtype=torch.float64)
+    return torch.linalg.qr(random - random.mean(0)).Q
+
+
+def test_the_rank_of_white_features_is_their_width() -> None:
+    features = orthogonal(64, 8)
+    assert effective_rank(features) == pytest.approx(8.0, rel=1e-9)
+    assert effective_rank(features + 5.0) == pytest.approx(8.0, rel=1e-9)
+    assert rankme(features) == pytest.approx(8.0, rel=1e-4)
+    assert rankme(features + 5.0) < 4.0  # it sees the mean, as published
+
+
+def test_collapsed_features_have_no_rank() -> None:
+    constant = torch.full((16, 8), 0.3)
+    assert effective_rank(constant) == 0.0
+    assert off_diagonal_cosine(constant) == pytest.approx(1.0)
+    line = torch.linspace(1, 2, 16)[:, None] * torch.randn(1, 8)
+    assert effective_rank(line) == pytest.approx(1.0, abs=1e-3) and rankme(line) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_opposite_features_have_a_cosine_of_none() -> None:
+    assert off_diagonal_cosine(torch.cat([torch.eye(8), -torch.eye(8)])) == pytest.approx(-1 / 15)
+
+
+def test_the_phase_is_found_where_it_is_written_and_nowhere_else() -> None:
+    patient = torch.arange(30).repeat_interleave(2)
+    inhale = torch.arange(60) % 2 == 1
+    person = torch.randn(30, 8).repeat_interleave(2, 0)
+    noise = torch.randn(60, 8)
+    written = person + noise
+    written[:, 0] += 6.0 * inhale
+    assert phase_auc(written, inhale, patient) > 0.98
+    aucs = [phase_auc(torch.randn(60, 8), inhale, patient) for _ in range(20)]
+    assert abs(sum(aucs) / 20 - 0.5) < 0.08
+    with pytest.raises(ValueError, match="needs scans of both phases, got 0 inhale and 60 exhale"):
+        phase_auc(noise, torch.zeros(60, dtype=torch.bool), patient)

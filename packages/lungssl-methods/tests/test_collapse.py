@@ -5,10 +5,11 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from lungssl_backbones.representation import effective_rank
 from lungssl_data.batch import PairBatch, View
 from lungssl_methods.collapse import Alarm, CollapseMonitor
 from lungssl_methods.dino import Dino
-from lungssl_methods.spectrum import effective_rank, embedding_std
+from lungssl_methods.variance import direction_spread
 from torch import nn
 
 HEALTHY = {"loss": 3.9, "loss_lnk": 0.95, "teacher_entropy_lnk": 0.45, "teacher_kl_lnk": 0.5, "grad_norm": 100.0}
@@ -134,7 +135,7 @@ def _train(
         if step % 25 == 0:
             with torch.no_grad():
                 features = method.teacher_encoder(held_out.views[0].image).embedding()
-            figures = {"effective_rank": effective_rank(features), "embedding_std": embedding_std(features)}
+            figures = {"effective_rank": effective_rank(features), "embedding_std": float(direction_spread(features))}
             monitor.probe(step, figures)
         output = method(_smooth_batch(step), step)
         optimizer.zero_grad()

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from lungssl_backbones.encoder import Features, token_grid
+from lungssl_backbones.representation import effective_rank
 from lungssl_data.batch import PairBatch
 from lungssl_methods.probe_set import ProbeSet, landmark_errors_mm
-from lungssl_methods.spectrum import effective_rank
 from torch import Tensor, nn
 
 MakeBatch = Callable[..., PairBatch]

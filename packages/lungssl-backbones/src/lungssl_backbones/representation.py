@@ -7,16 +7,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """How often a patient's other phase is found; chance is `1 / n` and `min(5, n) / n`."""
+    """How often a patient's other phase is found; chance is `1 / n` and `min(5, n) / n`.
+
+    A shortcut (ribs, tubes, table) finds patients as well as their lungs do: `ssl.md` C1.
+    """
 
     top1: float
     top5: float
+    mrr: float
+    """Mean reciprocal rank."""
     n: int
 
 
@@ -32,17 +37,16 @@ def rankme(features: Float[Tensor, "n d"], *, eps: float = 1e-7) -> float:
 
 
 def effective_rank(features: Float[Tensor, "n d"]) -> float:
-    """Effective rank of the covariance: exp(-Σ p log p) over its normalised eigenvalues p.
+    """Effective rank of the centred features: exp(-Σ p log p) with p = σ/Σσ over their singular values σ.
 
-    Roy & Vetterli 2007, EUSIPCO, "The effective rank", applied to the covariance: blind to the mean, and stricter than
-    `rankme`, since variances weigh as σ². Rows that are equal within float32 rounding give 0.
+    Roy & Vetterli 2007, EUSIPCO, "The effective rank", https://ieeexplore.ieee.org/document/7098875. Unlike `rankme`
+    it is blind to the mean. Rows that are equal within float32 rounding give 0.
     """
     values = features.double()
-    centred = values - values.mean(dim=0)
-    variances = torch.linalg.svdvals(centred).square()
+    sigma = torch.linalg.svdvals(values - values.mean(dim=0))
     # float32 rounding leaves 1e-7 of the values, so 1e-14 of their energy, in the differences of equal rows.
-    collapsed = variances.sum() <= 1e-12 * values.square().sum()
-    return 0.0 if collapsed else _exp_entropy(variances, 0.0)
+    collapsed = sigma.square().sum() <= 1e-12 * values.square().sum()
+    return 0.0 if collapsed else _exp_entropy(sigma, 0.0)
 
 
 def paired_retrieval(exhale: Float[Tensor, "n d"], inhale: Float[Tensor, "n d"]) -> Retrieval:
@@ -54,7 +58,39 @@ def paired_retrieval(exhale: Float[Tensor, "n d"], inhale: Float[Tensor, "n d"])
     own = similarity.diagonal()[:, None]
     others_ahead = (similarity >= own).sum(dim=1) - 1
     n = len(similarity)
-    return Retrieval(top1=_share(others_ahead < 1), top5=_share(others_ahead < 5), n=n)
+    mrr = (1.0 / (others_ahead + 1).double()).mean().item()
+    return Retrieval(top1=_share(others_ahead < 1), top5=_share(others_ahead < 5), mrr=mrr, n=n)
+
+
+def off_diagonal_cosine(features: Float[Tensor, "n d"]) -> float:
+    """Mean cosine of different rows: 1 where all look alike, about 0 for spread ones. NaN for a single row."""
+    rows = _unit(features)
+    n = len(rows)
+    return float((rows.sum(0).square().sum() - rows.square().sum()) / (n * (n - 1)))
+
+
+def phase_auc(features: Float[Tensor, "n d"], inhale: Bool[Tensor, " n"], patient: Int64[Tensor, " n"]) -> float:
+    """How well a linear probe tells phases of patients it wasn't fitted to: area under the ROC curve, 0.5 is chance.
+
+    Ridge regression without intercept on standardised features, with the penalty n, each patient left out in turn; the
+    scores of all folds are ranked together. 1 means that the phase is written into the embedding.
+
+    Raises ValueError without scans of both phases.
+    """
+    x = features.double()
+    x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-12)
+    y = inhale.double() * 2 - 1
+    scores = torch.empty(len(x), dtype=torch.float64)
+    for one in patient.unique():
+        out = patient == one
+        kernel = x[~out] @ x[~out].T + (~out).sum() * torch.eye(int((~out).sum()), dtype=torch.float64)
+        target = y[~out] - y[~out].mean()
+        scores[out] = x[out] @ (x[~out].T @ torch.linalg.solve(kernel, target))
+    first, second = scores[inhale], scores[~inhale]
+    if not len(first) or not len(second):
+        raise ValueError(f"phase_auc needs scans of both phases, got {len(first)} inhale and {len(second)} exhale")
+    above = (first[:, None] > second).double() + 0.5 * (first[:, None] == second).double()
+    return float(above.mean())
 
 
 def landmark_error_mm(

@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lungssl_backbones.encoder import Encoder, Features
+from lungssl_backbones.representation import (
+    effective_rank,
+    off_diagonal_cosine,
+    paired_retrieval,
+    phase_auc,
+    rankme,
+)
 from lungssl_data.batch import PairBatch, View
 from torch import Tensor, nn
 
 from lungssl_methods.correspondence import features_at, pairs_of_slots, sample_matches, token_centres_mm, token_mean
 from lungssl_methods.method import checked_encoder
 from lungssl_methods.regularisers import gram
-from lungssl_methods.spectrum import (
-    effective_rank,
-    embedding_std,
-    off_diagonal_cosine,
-    paired_retrieval,
-    phase_auc,
-    rankme,
-)
+from lungssl_methods.variance import direction_spread
 
 LANDMARKS = 64
 """Points looked up per pair of views: the median's standard error is then a sixth of their spread."""
@@ -54,11 +54,14 @@ class ProbeSet:
             encoded = [_encode(encoder, batch) for batch in self.batches]
         flat = [one for views in encoded for one in views]
         embeddings = torch.cat([one.embedding().float() for one in flat])
-        names = ("effective_rank", "rankme", "embedding_std", "off_diagonal_cosine")
         if not all(bool(one.tokens.isfinite().all()) for one in flat) or not bool(embeddings.isfinite().all()):
-            return dict.fromkeys(names, float("nan"))
-        functions = (effective_rank, rankme, embedding_std, off_diagonal_cosine)
-        figures = {name: function(embeddings) for name, function in zip(names, functions, strict=True)}
+            return dict.fromkeys(("effective_rank", "rankme", "embedding_std", "off_diagonal_cosine"), float("nan"))
+        figures = {
+            "effective_rank": effective_rank(embeddings),
+            "rankme": rankme(embeddings),
+            "embedding_std": float(direction_spread(embeddings.double())),
+            "off_diagonal_cosine": off_diagonal_cosine(embeddings),
+        }
         drift = [gram(one.tokens, first) for one, first in zip(flat, self._first, strict=True)]
         figures["patch_gram_drift"] = float(torch.stack(drift).mean().sqrt())
         figures |= self._of_patients(encoded)
@@ -75,8 +78,8 @@ class ProbeSet:
         if len(first) < 2:
             return {}
         one, other = (torch.stack([entry[slot] for entry in first.values()]) for slot in (0, 1))
-        top1, mrr = paired_retrieval(one, other)
-        figures = {"retrieval_top1": top1, "retrieval_mrr": mrr}
+        found = paired_retrieval(one, other)
+        figures = {"retrieval_top1": found.top1, "retrieval_mrr": found.mrr}
         if all(paired for _, _, paired in first.values()):
             number = torch.arange(len(first)).repeat(2)
             figures["phase_auc"] = phase_auc(
