@@ -244,7 +244,7 @@ def lung_grid_mm(scan: PhaseScan, step_mm: float = GRID_MM) -> Tensor:
 
 
 def position_only(pairs: list[TestPair]) -> tuple[dict[str, float], list[float]]:
-    """Mean errors over patients of the grid itself, and of the point that the affine leads to; the latter by patient."""
+    """Mean errors over patients of the grid itself, and of the point that the affine leads to; these by patient."""
     floor, affine = [], []
     for pair in pairs:
         floor.append(float(torch.cdist(pair.truth_mm, pair.candidates_mm).amin(dim=1).mean()))
