@@ -86,7 +86,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vicreg": {**WHOLE, **VIT, "method": {"name": "vicreg"}, "train": NEGATIVES},
     "vox2vec": {**TWO, **RESENC, "method": {"name": "vox2vec"}},
     "paired_dense": {**RESENC, **WIDE, "method": {"name": "paired_dense", **EXACT}},
-    "spark": {**WHOLE, **RESENC, "method": {"name": "spark", "decoder_width": 64}},
+    "spark": {**WHOLE, **RESENC, "method": {"name": "spark", "decoder_width": 64}, "train": {"lr": 3e-4}},
 }
 """Sizes of the shipped small recipes, brought to one crop (a smaller one for DINO). Rates, momentum and `EXACT` by
 a few runs of 3 and 4 minutes judged on `val` patients at rho 1 (docs/log.md, 2026-11-24): published ones are for runs a
