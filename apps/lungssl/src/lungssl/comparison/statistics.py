@@ -99,7 +99,7 @@ def studentised_intervals(
     Each draw takes patients with replacement, within each of them seeds, within each of these draws; its mean is put in
     units of its own standard error over patients (Davison and Hinkley 1997, doi:10.1017/CBO9780511802843; levels as in
     Saravanan et al. 2020, https://arxiv.org/abs/2007.07797). Percentiles of the means themselves are too narrow for
-    some ten patients: `tests/test_statistics.py` has the coverage of both. Constant values give an interval of no width.
+    some ten patients: `tests/test_statistics.py` has the coverage of both. Constant values give no width.
     """
     rng = np.random.default_rng(seed)
     patients, seeds, labels = values.shape
