@@ -17,36 +17,27 @@ a run, to another file.
 import argparse
 import fcntl
 import json
-import math
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from lungssl import pretraining
 from lungssl.cohort import CohortConfig, builtin_cohort, preset_of
+from lungssl.comparison import landmarks
+from lungssl.comparison.landmarks import Found, PairPoints, look_up, with_points
 from lungssl.config import Recipe, load_recipe
-from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.cache import PairCache
-from lungssl_data.pair import PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom
-from lungssl_data.views import scale_hu
 from lungssl_methods.budget import step_budget
-from lungssl_methods.correspondence import features_at
 from lungssl_ops.measure import commit, machine
-from torch import Tensor, nn
 
 STARTED_AT = commit()
 """What runs here, whatever is edited meanwhile."""
-GRID_MM = 4.0
-NEAR_MM = 20.0
-"""Farther than the coarse affine errs: at most 18.9 mm for 3,900 landmarks of 13 phantoms, 99 % of them 11.9 mm."""
 PATIENTS = 53
 """Of which the hash puts 32 into `train` and 13 into `test`."""
 TEST_PATIENTS = 8
@@ -93,19 +84,6 @@ a few runs of 3 and 4 minutes judged on `val` patients at rho 1 (docs/log.md, 20
 thousand times longer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TestPair:
-    """A held-out phantom's scans and points, LPS mm."""
-
-    exhale: PhaseScan
-    inhale: PhaseScan
-    query_mm: Tensor
-    truth_mm: Tensor
-    affine: Tensor
-    """[3, 4], exhale mm to inhale mm."""
-    candidates_mm: Tensor
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(RECIPES))
@@ -144,8 +122,8 @@ def one_run(
     name: str,
     seed: int,
     data: Path,
-    pairs: list[TestPair],
-    untrained: dict[Any, list["Found"]],
+    pairs: list[PairPoints],
+    untrained: dict[Any, list[Found]],
     places: list[float],
     *,
     minutes: float,
@@ -157,7 +135,7 @@ def one_run(
     same_start = (recipe.backbone.name, recipe.views.global_vox, seed)
     if same_start not in untrained:
         encoder = parts.method.export_encoder()  # pyright: ignore[reportCallIssue]
-        untrained[same_start] = [look_up(encoder, recipe, pair) for pair in pairs]  # pyright: ignore[reportArgumentType]
+        untrained[same_start] = [look_up(encoder, pair, recipe.views.global_vox) for pair in pairs]  # pyright: ignore[reportArgumentType]
     before = untrained[same_start]
     cost = pretraining.measure_steps(
         parts.method, read=parts.read, prepare=parts.prepare, config=parts.recipe.train, seed=seed, device=parts.device
@@ -169,7 +147,7 @@ def one_run(
         summary = pretraining.pretrain(recipe, data=data, out=Path(folder) / "run")
         seconds = time.perf_counter() - started
         encoder = load_encoder(Path(folder) / "run/export/encoder.safetensors")
-    after = [look_up(encoder, recipe, pair) for pair in pairs]
+    after = [look_up(encoder, pair, recipe.views.global_vox) for pair in pairs]
     errors = [one.mean_mm for one in after]
     gain = np.subtract([one.mean_mm for one in before], errors)
     low, high = bootstrap(gain)
@@ -209,7 +187,7 @@ def small_recipe(name: str, *, seed: int, steps: int) -> Recipe:
         return load_recipe(str(path), [])
 
 
-def test_pairs(data: Path, rho: float) -> list[TestPair]:
+def test_pairs(data: Path, rho: float) -> list[PairPoints]:
     """Held-out phantoms, with landmarks, which the cohort's cache doesn't hold: made again from their seeds."""
     cache = PairCache(data)
     found = []
@@ -219,109 +197,15 @@ def test_pairs(data: Path, rho: float) -> list[TestPair]:
         spacing = pair.scan("exhale").spacing_mm[0]
         config = PhantomConfig(preset=preset_of(seed), seed=seed, spacing_mm=spacing, texture_rho=rho)
         phantom = make_phantom(config)
-        assert pair.exhale_to_inhale is not None
-        found.append(
-            TestPair(
-                exhale=pair.scan("exhale"),
-                inhale=pair.scan("inhale"),
-                query_mm=torch.from_numpy(phantom.landmarks_exhale_mm).float(),
-                truth_mm=torch.from_numpy(phantom.landmarks_inhale_mm).float(),
-                affine=torch.from_numpy(pair.exhale_to_inhale).float(),
-                candidates_mm=lung_grid_mm(pair.scan("inhale")),
-            )
-        )
+        found.append(with_points(pair, phantom.landmarks_exhale_mm, phantom.landmarks_inhale_mm))
     return found
 
 
-def lung_grid_mm(scan: PhaseScan, step_mm: float = GRID_MM) -> Tensor:
-    """Points [n, 3] of a grid that lie in the lung, LPS mm."""
-    shape, spacing = np.array(scan.ct_hu.shape[::-1]), np.array(scan.spacing_mm)
-    axes = [torch.arange(0, float(side), step_mm) for side in (shape - 1) * spacing]
-    offset = torch.cartesian_prod(*axes)
-    index = (offset / torch.from_numpy(spacing).float()).round().long()
-    lung = torch.from_numpy(scan.lung > 0)[index[:, 2], index[:, 1], index[:, 0]]
-    return offset[lung] + torch.tensor(scan.origin_mm, dtype=torch.float32)
-
-
-def position_only(pairs: list[TestPair]) -> tuple[dict[str, float], list[float]]:
+def position_only(pairs: list[PairPoints]) -> tuple[dict[str, float], list[float]]:
     """Mean errors over patients of the grid itself, and of the point that the affine leads to; these by patient."""
-    floor, affine = [], []
-    for pair in pairs:
-        floor.append(float(torch.cdist(pair.truth_mm, pair.candidates_mm).amin(dim=1).mean()))
-        nearest = torch.cdist(affine_places(pair), pair.candidates_mm).argmin(dim=1)
-        affine.append(float(torch.linalg.vector_norm(pair.candidates_mm[nearest] - pair.truth_mm, dim=1).mean()))
+    floor, affine = zip(*(landmarks.position_only(pair) for pair in pairs), strict=True)
     means = {"floor_mm": float(np.mean(floor)), "position_only_mm": float(np.mean(affine)), "patients": len(pairs)}
-    return means, affine
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """How far from their true places a patient's landmarks are found."""
-
-    mean_mm: float
-    median_mm: float
-    far_share: float
-    near_mm: float
-
-
-def look_up(encoder: nn.Module, recipe: Recipe, pair: TestPair) -> Found:
-    """Each landmark is found at the candidate with the highest cosine; `near_mm`: of those near the affine's place."""
-    side = recipe.views.global_vox
-    query = F.normalize(point_features(encoder, pair.exhale, pair.query_mm, side), dim=-1)
-    key = F.normalize(point_features(encoder, pair.inhale, pair.candidates_mm, side), dim=-1)
-    cosine = query @ key.T
-    error = torch.cdist(pair.truth_mm, pair.candidates_mm)
-    everywhere = error.gather(1, cosine.argmax(dim=1, keepdim=True))
-    distance = torch.cdist(affine_places(pair), pair.candidates_mm)
-    near = distance <= torch.clamp(distance.amin(dim=1, keepdim=True), min=NEAR_MM)
-    close = error.gather(1, cosine.masked_fill(~near, -torch.inf).argmax(dim=1, keepdim=True))
-    return Found(
-        mean_mm=float(everywhere.mean()),
-        median_mm=float(everywhere.median()),
-        far_share=float((everywhere > NEAR_MM).float().mean()),
-        near_mm=float(close.mean()),
-    )
-
-
-def affine_places(pair: TestPair) -> Tensor:
-    """Where the coarse affine says that the landmarks are in inhale."""
-    return pair.query_mm @ pair.affine[:, :3].T + pair.affine[:, 3]
-
-
-@torch.inference_mode()
-def point_features(encoder: nn.Module, scan: PhaseScan, points_mm: Tensor, side: int) -> Tensor:
-    """Features [n, c] at points of a scan: all levels of the pyramid, each of unit length, side by side.
-
-    Windows of the size that the encoder was trained on, three quarters of it apart; where several hold a point, their
-    features are averaged with weights that fall to 0 towards the borders.
-    """
-    assert isinstance(encoder, Encoder)
-    encoder.eval()
-    low, step = side // 4, side * 3 // 4  # so that every point has windows all around it
-    image = F.pad(scale_hu(torch.from_numpy(scan.ct_hu).float())[None, None], (low, low + side) * 3)
-    spacing, origin = torch.tensor(scan.spacing_mm).float(), torch.tensor(scan.origin_mm).float()
-    vox = (points_mm - origin) / spacing + low  # (x, y, z)
-    total = torch.zeros(len(vox), sum(encoder.pyramid_channels))
-    weights = torch.zeros(len(vox), 1)
-    counts = [math.ceil((size - side) / step) + 1 for size in image.shape[2:]]
-    for start in torch.cartesian_prod(*(torch.arange(count) * step for count in counts)).tolist():
-        local = vox - torch.tensor(start[::-1]).float()
-        inside = ((local >= 0) & (local <= side - 1)).all(dim=1).nonzero()[:, 0]
-        z, y, x = start
-        window = image[:, :, z : z + side, y : y + side, x : x + side]
-        if not len(inside) or window.shape[2:] != (side, side, side):
-            continue
-        pyramid = encoder(window).pyramid
-        levels = [
-            F.normalize(features_at(level, local[inside][None], stride)[0], dim=-1)
-            for level, stride in zip(pyramid, encoder.pyramid_strides_vox, strict=True)
-        ]
-        half = (side - 1) / 2
-        near = (1 - (local[inside] - half).abs() / (half + 1)).prod(dim=1, keepdim=True)
-        total[inside] += near * torch.cat(levels, dim=1)
-        weights[inside] += near
-    assert bool((weights > 0).all()), "a point lies in no window"
-    return total / weights
+    return means, list(affine)
 
 
 def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:

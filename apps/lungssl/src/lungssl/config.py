@@ -85,7 +85,7 @@ def resolve(values: Any, overrides: Sequence[str] = (), *, source: str = "recipe
         raise ConfigError(f"{source}: a recipe is a mapping with sections {', '.join(SECTIONS)}")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     _check_keys(values, SECTIONS, "")
     if ("method" in values) == ("task" in values):
         raise ConfigError(
@@ -101,7 +101,7 @@ def resolve(values: Any, overrides: Sequence[str] = (), *, source: str = "recipe
         backbone=_part("backbone", values["backbone"]),
         method=_part("method", values["method"]) if "method" in values else None,
         task=_part("task", values["task"]) if "task" in values else None,
-        **{name: _section(_load(target), values.get(name), name) for name, target in _PLAIN.items()},
+        **{name: checked_section(_load(target), values.get(name), name) for name, target in _PLAIN.items()},
     )
 
 
@@ -129,7 +129,7 @@ def describe(config: Any) -> dict[str, str]:
     return notes
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *path, last = key.split(".")
     if not equals or not all([*path, last]):
@@ -159,10 +159,10 @@ def _part(section: str, values: dict[str, Any]) -> Part:
     options = {key: value for key, value in values.items() if key != "name"}
     entry = registry(section)[name]
     target, preset = entry if isinstance(entry, tuple) else (entry, {})
-    return Part(name=name, config=_section(_load(target).Config, {**preset, **options}, section))
+    return Part(name=name, config=checked_section(_load(target).Config, {**preset, **options}, section))
 
 
-def _section(cls: type, values: Any, where: str) -> Any:
+def checked_section(cls: type, values: Any, where: str) -> Any:
     """An instance of a Config dataclass from plain values."""
     values = {} if values is None else values
     if not isinstance(values, Mapping):

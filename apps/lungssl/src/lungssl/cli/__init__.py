@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "finetune": "lungssl.cli.finetune:finetune",
     "segment": "lungssl.cli.segment:segment",
     "evaluate": "lungssl.cli.evaluate:evaluate",
+    "compare": "lungssl.cli.compare:compare",
     "bench": "lungssl.cli.bench:app",
     "list": "lungssl.cli.names:list_names",
     "config": "lungssl.cli.config:app",

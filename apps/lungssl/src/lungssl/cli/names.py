@@ -4,11 +4,11 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-Kind = Literal["methods", "backbones", "recipes", "layouts", "tasks"]
+Kind = Literal["methods", "backbones", "recipes", "layouts", "tasks", "plans"]
 
 
 def list_names(what: Annotated[Kind | None, typer.Argument(help="Which names; all without it.")] = None) -> None:
-    """List what there is: methods, backbones, recipes, layouts, tasks.
+    """List what there is: methods, backbones, recipes, layouts, tasks, plans.
 
     Example: lungssl list recipes
     """
@@ -25,8 +25,9 @@ def _rows(kind: str) -> list[tuple[str, str]]:
     from lungssl.config import registry
     from lungssl.recipe_files import list_recipes, recipe_text
 
-    if kind == "recipes":
-        return [(name, recipe_text(name).partition("\n")[0].removeprefix("# ")) for name in list_recipes()]
+    if kind in ("recipes", "plans"):
+        what = "recipe" if kind == "recipes" else "plan"
+        return [(name, recipe_text(name, what).partition("\n")[0].removeprefix("# ")) for name in list_recipes(what)]
     entries = registry(kind.removesuffix("s"))
     return [
         (

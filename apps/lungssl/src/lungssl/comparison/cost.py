@@ -1,0 +1,87 @@
+"""What each arm of a comparison costs, and whether they may be compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lungssl_methods.budget import step_budget
+
+from lungssl.comparison.plan import Equalised, Pretrain
+from lungssl.errors import ConfigError
+from lungssl.pretraining import build_pretraining
+from lungssl.training.precision import autocast
+
+TOLERANCE = 0.02
+"""`ssl.md` C.7: what a plan equalises may differ by 2 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of the pretraining of one arm, with one seed; all 0 for an arm that isn't pretrained."""
+
+    steps: int
+    samples: int
+    """Patients' crops, over all steps, each through both slots."""
+    patients: int
+    """Different ones that crops come from."""
+    scans: int
+    """Different ones."""
+    voxels: int
+    """Through encoders, student and teacher, over all steps."""
+    tokens: int
+    """Likewise."""
+    flops: int
+    """By the formulas of `lungssl_methods.budget`."""
+    displacement: str
+    """Where the correspondences are from, whose cost isn't in these figures; empty for arms that use none."""
+
+    def as_dict(self) -> dict[str, int | str]:
+        """Field by field."""
+        return asdict(self)
+
+
+def measure(run: Pretrain, data: Path, *, device: str = "auto") -> Cost:
+    """From one forward on the run's first batch. Raises ConfigError where the run would see a test patient."""
+    if not run.pretrained:
+        return Cost(steps=0, samples=0, patients=0, scans=0, voxels=0, tokens=0, flops=0, displacement="")
+    parts = build_pretraining(run.recipe, data, device=device)
+    seen = set(parts.crops.patients) & set(parts.crops.cache.split("test"))
+    if seen:
+        raise ConfigError(f"arm {run.arm} would be pretrained on {len(seen)} test patients, e.g. {min(seen)}")
+    train = parts.recipe.train
+    with autocast(parts.device, train.precision):
+        one = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=train.steps - 1)
+    micro_steps = train.steps * train.accumulate
+    where = ""
+    if parts.recipe.data.correspondences:
+        fields = (parts.crops.cache.displacement(patient) for patient in parts.crops.patients)
+        where = ", ".join(sorted({"none" if field is None else field.provenance for field in fields}))
+    return Cost(
+        steps=train.steps,
+        samples=train.batch * micro_steps,
+        patients=len(parts.crops.patients),
+        scans=sum(len(set(phases)) for phases in parts.crops.slots.values()),
+        voxels=micro_steps * (one.voxels_student + one.voxels_teacher),
+        tokens=micro_steps * (one.tokens_student + one.tokens_teacher),
+        flops=micro_steps * one.flops,
+        displacement=where,
+    )
+
+
+def check_fair(costs: Mapping[str, Cost], equalise: Equalised, contrasts: Sequence[tuple[str, str]]) -> None:
+    """Raises ConfigError for two arms of a contrast that differ by more than TOLERANCE in what the plan equalises.
+
+    Arms that aren't pretrained cost nothing, and are compared with as what they are: the floor.
+    """
+    names = ("steps", "samples") if equalise == "steps" else ("flops",)
+    for first, second in contrasts:
+        for name in names:
+            a, b = getattr(costs[first], name), getattr(costs[second], name)
+            if 0 in (a, b) or max(a, b) <= (1 + TOLERANCE) * min(a, b):
+                continue
+            steps = round(costs[first].steps * b / a) if name != "samples" else None
+            way = f"arms.{first}.overrides train.steps={steps}" if steps else "the same train.batch in both"
+            raise ConfigError(
+                f"unfair: {first} has {a:,} {name} and {second} {b:,} ({a / b - 1:+.1%}), and the plan equalises "
+                f"{equalise} to within {TOLERANCE:.0%}; set {way}, or let the plan equalise something else"
+            )

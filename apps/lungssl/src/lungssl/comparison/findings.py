@@ -1,0 +1,149 @@
+"""What a finished comparison says: contrasts with their intervals, and plain sentences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lungssl.comparison.plan import Plan
+from lungssl.comparison.runs import Outcome, array_of
+from lungssl.comparison.statistics import LEAST_PATIENTS, Difference, difference, holm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A figure per test patient."""
+
+    title: str
+    unit: str
+    digits: int
+    higher_is_better: bool
+    margin: float | None = None
+    """Differences smaller than this don't matter in practice (`domain.md` F); None: no margin was set beforehand."""
+    of_labels: bool = False
+    """Of a model learned from labels, not of the encoder alone."""
+
+
+ENDPOINTS: dict[str, Endpoint] = {
+    "landmark_mm": Endpoint(title="landmark error", unit="mm", digits=1, higher_is_better=False, margin=0.2),
+    "near_mm": Endpoint(title="landmark error near", unit="mm", digits=2, higher_is_better=False, margin=0.2),
+    "registration_mm": Endpoint(title="TRE, matched features", unit="mm", digits=2, higher_is_better=False, margin=0.2),
+    "dice": Endpoint(title="lobe Dice", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True),
+    "nsd": Endpoint(title="lobe NSD at 2 mm", unit="", digits=3, higher_is_better=True, of_labels=True),
+    "hd95_mm": Endpoint(title="lobe HD95", unit="mm", digits=1, higher_is_better=False, of_labels=True),
+}
+"""TRE's margin is also that of looking up. NSD and HD95 are secondary and have none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """Two arms by one endpoint."""
+
+    first: str
+    second: str
+    endpoint: str
+    labels: int | None
+    primary: bool
+    difference: Difference | None
+    """First less second; None where a run is missing or failed, or there are too few patients."""
+    p_holm: float | None = None
+    """Adjusted over all primary contrasts; None for the others."""
+
+    @property
+    def name(self) -> str:
+        """Unique in a comparison."""
+        return f"{self.first} - {self.second}, {self.endpoint_title()}"
+
+    def endpoint_title(self) -> str:
+        """With the regime."""
+        return ENDPOINTS[self.endpoint].title + (f", {self.labels} labelled" if self.labels is not None else "")
+
+    def verdict(self) -> str:
+        """`better`, `worse`, `equivalent`, `not shown` or `missing`, for the first arm.
+
+        A primary contrast is shown by its adjusted p below 0.05 and its 95 % interval; another by its interval alone.
+        """
+        found, endpoint = self.difference, ENDPOINTS[self.endpoint]
+        if found is None:
+            return "missing"
+        low, high = found.interval_95
+        if (low > 0 or high < 0) and (self.p_holm is None or self.p_holm < 0.05):
+            return "better" if (low > 0) == endpoint.higher_is_better else "worse"
+        if endpoint.margin is not None and found.equivalent(endpoint.margin):
+            return "equivalent"
+        return "not shown"
+
+
+def contrasts(outcome: Outcome) -> list[Contrast]:
+    """Every contrast of the plan by every endpoint, the primary ones adjusted together."""
+    plan = outcome.plan
+    found = [
+        Contrast(
+            first=first,
+            second=second,
+            endpoint=name,
+            labels=labels,
+            primary=name in plan.primary,
+            difference=_difference(outcome, first, second, name, labels),
+        )
+        for name in sorted(ENDPOINTS, key=lambda name: name not in plan.primary)
+        for labels in regimes(plan, name)
+        for first, second in plan.contrasts
+    ]
+    adjusted = holm({one.name: one.difference.p for one in found if one.primary and one.difference is not None})
+    return [replace(one, p_holm=adjusted.get(one.name)) for one in found]
+
+
+def regimes(plan: Plan, endpoint: str) -> Sequence[int | None]:
+    """Numbers of labelled patients for which an endpoint exists; (None,) for those of the encoder."""
+    if not ENDPOINTS[endpoint].of_labels:
+        return (None,)
+    return sorted(plan.labels.patients) if plan.labels is not None else ()
+
+
+def sentences(outcome: Outcome, found: Sequence[Contrast]) -> list[str]:
+    """One plain sentence for each primary contrast, whichever way it fell."""
+    return [_sentence(one) for one in found if one.primary]
+
+
+def _sentence(one: Contrast) -> str:
+    endpoint, found = ENDPOINTS[one.endpoint], one.difference
+    about = f"{one.first} against {one.second}, {one.endpoint_title()}"
+    if found is None:
+        return f"{about}: no answer, as runs are missing or failed, or there are fewer than {LEAST_PATIENTS} patients."
+    unit, digits = f" {endpoint.unit}".rstrip(), endpoint.digits
+    low, high = found.interval_95
+    p = "" if one.p_holm is None else f", p {one.p_holm:.3f} after Holm"
+    interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f}{p}, {found.patients} patients"
+    lead = f"{about}: {found.mean:+.{digits}f}{unit} ({interval})"
+    match one.verdict():
+        case "better" | "worse" as verdict:
+            return f"{lead}. {one.first} is {verdict}."
+        case "equivalent":
+            return f"{lead}. They are equivalent, within ±{endpoint.margin:g}{unit}."
+        case _:
+            margin = endpoint.margin if endpoint.margin is not None else abs(found.mean) or None
+            more = (
+                ""
+                if not margin or not found.patient_sd
+                else (
+                    f" To see ±{margin:.{digits}f}{unit} in four experiments of five would take "
+                    f"{found.patients_needed(margin):,} patients."
+                )
+            )
+            return f"{lead}. No difference is shown, and none is ruled out.{more}"
+
+
+def _difference(outcome: Outcome, first: str, second: str, endpoint: str, labels: int | None) -> Difference | None:
+    one, other = (array_of(outcome, arm, endpoint, labels) for arm in (first, second))
+    if one is None or other is None or one[0] != other[0] or len(one[0]) < LEAST_PATIENTS:
+        return None
+    return difference(one[1], other[1])
+
+
+def arm_figures(outcome: Outcome, arm: str, endpoint: str, labels: int | None) -> tuple[float, float, float] | None:
+    """Mean, standard deviation over patients, and over seeds (NaN for one); None where runs are missing."""
+    found = array_of(outcome, arm, endpoint, labels)
+    if found is None or not len(found[0]):
+        return None
+    of_patient, of_seed = found[1].mean(axis=(1, 2)), found[1].mean(axis=(0, 2))
+    spread = float(of_patient.std(ddof=1)) if len(of_patient) > 1 else float("nan")
+    return float(of_patient.mean()), spread, float(of_seed.std(ddof=1)) if len(of_seed) > 1 else float("nan")

@@ -1,0 +1,193 @@
+"""A comparison as a YAML file: arms, seeds, labels and what is compared, resolved to a list of runs.
+
+A plan's run has an id that is the hash of all that decides its result, so that a changed plan repeats only what the
+change touches. Imports no torch; resolving a recipe does.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lungssl.cohort import CohortConfig
+from lungssl.config import Recipe, apply_override, checked_section, load_recipe
+from lungssl.errors import ConfigError, did_you_mean
+from lungssl.recipe_files import recipe_text
+
+Equalised = Literal["steps", "flops"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of pretraining."""
+
+    isolates: str
+    """What its contrasts show, in a few words for the table."""
+    recipe: str | None = None
+    """Name or file; None: the plan's."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value`, after the plan's own."""
+    pretrained: bool = True
+    """False: the encoder as it starts, the floor (A0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelPlan:
+    """What is learned from labels, on each arm's encoders."""
+
+    recipe: str = "finetune/segment"
+    """A fine-tuning recipe; its backbone is replaced by the arm's."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` of it."""
+    patients: tuple[int, ...] = (1, 5)
+    """Regimes: labelled patients. Draws are nested in them (`few_label.py`)."""
+    draws: int = 1
+    """Draws of so many patients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A comparison. Raises ValueError for contrasts of arms that aren't there."""
+
+    title: str
+    """The question, in words."""
+    recipe: str
+    """Pretraining recipe that arms start from, by name or file."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` for every arm."""
+    arms: dict[str, Arm]
+    """By the letters of `domain.md` F, or any names."""
+    contrasts: tuple[tuple[str, str], ...]
+    """Pairs of arms, first less second."""
+    primary: tuple[str, ...] = ("landmark_mm", "dice")
+    """Endpoints that the plain sentences are about, declared beforehand; their contrasts are one family of tests."""
+    equalise: Equalised = "steps"
+    """What no two pretrained arms may differ in by more than 2 %: `steps` (and samples a step), or measured `flops`."""
+    seeds: tuple[int, ...] = (0,)
+    """Of pretraining; what is learned from labels has the same."""
+    labels: LabelPlan | None = None
+    """None: only endpoints of the encoder itself."""
+    phantoms: CohortConfig = field(default_factory=CohortConfig)
+    """Where no --data is given."""
+
+    def __post_init__(self) -> None:
+        for name in {arm for pair in self.contrasts for arm in pair}:
+            if name not in self.arms:
+                raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, self.arms)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be different and at least one, got {list(self.seeds)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain YAML values; loading them gives the same plan."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pretraining of one arm with one seed, and the figures of its encoder."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    pretrained: bool
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """A model learned from some labels on such an encoder, and its figures."""
+
+    parent: Pretrain
+    recipe: Recipe
+    patients: int
+    draw: int
+    id: str
+
+
+def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read, override and check a plan. Raises ConfigError that names the key."""
+    try:
+        values = yaml.safe_load(recipe_text(name_or_path, "plan"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name_or_path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name_or_path}: a plan is a mapping with title, recipe, arms and contrasts")
+    for override in overrides:
+        apply_override(values, override)
+    return checked_section(Plan, values, "plan")
+
+
+def arm_recipe(plan: Plan, arm: str, seed: int) -> Recipe:
+    """The pretraining recipe of an arm. Raises ConfigError that names the arm."""
+    mine = plan.arms[arm]
+    try:
+        recipe = load_recipe(mine.recipe or plan.recipe, [*plan.overrides, *mine.overrides, f"seed={seed}"])
+    except ConfigError as error:
+        raise ConfigError(f"arms.{arm}: {error}") from error
+    if recipe.method is None:
+        name = mine.recipe or plan.recipe
+        raise ConfigError(f"arms.{arm}: {name} is no pretraining recipe; see `lungssl list recipes`")
+    return recipe
+
+
+def pretrain_runs(plan: Plan, data: str) -> list[Pretrain]:
+    """Every arm with every seed, seeds outermost, so that a plan that is stopped early has whole comparisons.
+
+    `data` is the cache's fingerprint.
+    """
+    runs = []
+    for seed in plan.seeds:
+        for name, arm in plan.arms.items():
+            recipe = arm_recipe(plan, name, seed)
+            decides = [recipe.as_dict(), data] if arm.pretrained else [start_of(recipe), data, "untrained"]
+            runs.append(
+                Pretrain(arm=name, seed=seed, recipe=recipe, pretrained=arm.pretrained, id=_id(name, seed, decides))
+            )
+    return runs
+
+
+def finetune_runs(plan: Plan, parent: Pretrain) -> list[Finetune]:
+    """What is learned from labels on one encoder: the fewest labels first."""
+    if plan.labels is None:
+        return []
+    recipe = load_recipe(plan.labels.recipe, [*plan.labels.overrides, f"seed={parent.seed}"])
+    if recipe.task is None:
+        raise ConfigError(f"labels.recipe: {plan.labels.recipe} is no fine-tuning recipe; take finetune/segment")
+    runs = []
+    for patients in sorted(plan.labels.patients):
+        for draw in range(plan.labels.draws):
+            decides = [parent.id, recipe.as_dict(), patients, draw]
+            about = f"{parent.arm}-{patients}labels-draw{draw}"
+            found = _id(about, parent.seed, decides)
+            runs.append(Finetune(parent=parent, recipe=recipe, patients=patients, draw=draw, id=found))
+    return runs
+
+
+def start_of(recipe: Recipe) -> dict[str, Any]:
+    """What decides the weights before the first step."""
+    values = recipe.as_dict()
+    return {key: values[key] for key in ("seed", "backbone")}
+
+
+def shard_of(runs: Sequence[Pretrain], text: str | None) -> list[Pretrain]:
+    """The part `i/n` of the runs, i from 1: every n-th. Raises ConfigError for other text."""
+    if text is None:
+        return list(runs)
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ConfigError(f"--shard {text}: expected i/n with i from 1 to n, e.g. 2/4")
+    return list(runs[int(part) - 1 :: int(parts)])
+
+
+def _id(about: str, seed: int, decides: Sequence[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{about}-seed{seed}-{digest}"
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """YAML of plain values, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False)

@@ -1,0 +1,247 @@
+"""Makes the runs of a plan, one after the other, and keeps what each gave in a small file.
+
+<out>/plan.yaml            the plan
+<out>/costs.json           what each arm costs
+<out>/runs/<id>/           run folders; checkpoints of finished ones are deleted
+<out>/results/<id>.json    figures per patient, written when a run is finished; whoever finds it doesn't repeat the run
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lungssl_backbones.representation import paired_retrieval, phase_auc, rankme
+from lungssl_backbones.weights import load_encoder, save_encoder
+from lungssl_data.cache import PairCache
+from lungssl_tasks.model_folder import load_model
+
+from lungssl.comparison import cost
+from lungssl.comparison.landmarks import PairPoints, find, pair_features, points_of, position_only
+from lungssl.comparison.plan import Finetune, Plan, Pretrain, as_text, finetune_runs, pretrain_runs, shard_of
+from lungssl.errors import ConfigError, TrainingError
+from lungssl.evaluation import evaluate_model, evaluation_patients, per_patient
+from lungssl.finetuning import LOBES, Labels, finetune_segment
+from lungssl.pretraining import build_pretraining, pretrain
+from lungssl.training.progress import duration
+from lungssl.training.run_folder import environment, write_atomic
+
+Values = dict[str, dict[str, float]]
+"""Endpoint to patient to figure."""
+
+
+class StoppedError(TrainingError):
+    """A signal or STOP file ended a run before its time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the runs of a plan gave so far."""
+
+    folder: Path
+    plan: Plan
+    costs: dict[str, cost.Cost]
+    results: dict[str, dict[str, Any]]
+    """By run id; only finished ones, failed ones too."""
+    missing: list[str]
+    """Ids of the plan's runs without a result."""
+
+
+def carry_out(
+    plan: Plan,
+    *,
+    data: Path,
+    out: Path,
+    shard: str | None = None,
+    device: str = "auto",
+    say: Callable[[str], None],
+) -> Outcome:
+    """Make what is missing of a plan, or of one shard of it; the rest is reused from `<out>/results`.
+
+    Raises ConfigError for an unfair plan, and for a folder that holds something else.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
+        raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
+    cache = PairCache(data)
+    fingerprint = cache.fingerprint()
+    runs = pretrain_runs(plan, fingerprint)
+    costs = {run.arm: cost.measure(run, data, device=device) for run in runs if run.seed == plan.seeds[0]}
+    cost.check_fair(costs, plan.equalise, plan.contrasts)
+    for folder in (out / "runs", out / "results"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "plan.yaml", as_text(plan.as_dict()))
+    write_atomic(out / "costs.json", json.dumps({arm: one.as_dict() for arm, one in costs.items()}, indent=1))
+    write_atomic(out / "env.json", json.dumps(environment() | {"data": fingerprint}, indent=1))
+    worker = _Worker(data=data, cache=cache, out=out, device=device)
+    mine = [step for run in shard_of(runs, shard) for step in (run, *finetune_runs(plan, run))]
+    todo = [step for step in mine if not worker.result(step.id).is_file()]
+    say(f"{len(mine)} runs{f' in shard {shard}' if shard else ''}, {len(mine) - len(todo)} of them finished before")
+    started = time.perf_counter()
+    for done, step in enumerate(todo):
+        passed = time.perf_counter() - started
+        left = f", {duration(passed / done * (len(todo) - done))} left" if done else ""
+        say(f"\n== {len(mine) - len(todo) + done + 1}/{len(mine)}{left}: {step.id}")
+        worker.make(step)
+    wanted = [step.id for run in runs for step in (run, *finetune_runs(plan, run))]
+    results = {name: json.loads(worker.result(name).read_text()) for name in wanted if worker.result(name).is_file()}
+    return Outcome(
+        folder=out, plan=plan, costs=costs, results=results, missing=[name for name in wanted if name not in results]
+    )
+
+
+def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
+    """What a plan would make and what its arms cost, for a person. Raises as `carry_out`."""
+    runs = pretrain_runs(plan, PairCache(data).fingerprint())
+    costs = {run.arm: cost.measure(run, data, device=device) for run in runs if run.seed == plan.seeds[0]}
+    cost.check_fair(costs, plan.equalise, plan.contrasts)
+    learned = [one for run in runs for one in finetune_runs(plan, run)]
+    lines = [plan.title, f"{len(runs)} encoders, {len(learned)} models learned from labels on them"]
+    for arm, one in costs.items():
+        lines.append(
+            f"{arm:<8} {plan.arms[arm].isolates}: {one.patients} patients, {one.scans} scans, {one.steps:,} steps, "
+            f"{one.samples:,} samples, {one.flops / 1e12:.2f} TFLOP"
+        )
+    return "\n".join([*lines, f"fair: no contrast differs in {plan.equalise} by more than {cost.TOLERANCE:.0%}"])
+
+
+class _Worker:
+    """Makes single runs."""
+
+    def __init__(self, *, data: Path, cache: PairCache, out: Path, device: str) -> None:
+        self.data, self.cache, self.out, self.device = data, cache, out, device
+        self._points: dict[str, PairPoints] = {}
+
+    def result(self, run_id: str) -> Path:
+        return self.out / "results" / f"{run_id}.json"
+
+    def folder(self, run_id: str) -> Path:
+        return self.out / "runs" / run_id
+
+    def make(self, step: Pretrain | Finetune) -> None:
+        """Make a run and write its result; one that breaks down is a result, too."""
+        started = time.perf_counter()
+        parent = step if isinstance(step, Pretrain) else step.parent
+        about: dict[str, Any] = {"id": step.id, "arm": parent.arm, "seed": parent.seed}
+        if isinstance(step, Finetune):
+            about |= {"labels": step.patients, "draw": step.draw}
+        try:
+            found = self._pretrain(step) if isinstance(step, Pretrain) else self._finetune(step)
+            result = about | {"failed": None} | found
+        except StoppedError:
+            raise
+        except TrainingError as error:
+            result = about | {"failed": str(error), "values": {}, "scalars": {}}
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        write_atomic(self.result(step.id), json.dumps(result, indent=1))
+        shutil.rmtree(self.folder(step.id) / "checkpoints", ignore_errors=True)
+
+    def _pretrain(self, run: Pretrain) -> dict[str, Any]:
+        folder = self.folder(run.id)
+        weights = folder / "export" / "encoder.safetensors"
+        summary: dict[str, Any] = {"alarms": [], "verdict": "not pretrained"}
+        if run.pretrained:
+            resume = self._can_go_on(folder)
+            summary = _whole(
+                pretrain(run.recipe, data=self.data, out=folder, device=self.device, resume=resume), folder
+            )
+        else:
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            method = build_pretraining(run.recipe, self.data, device="cpu").method
+            save_encoder(method.export_encoder(), weights, extra={"steps": "0"})  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return {"alarms": summary["alarms"], "verdict": summary["verdict"]} | self._judge(run, weights)
+
+    def _judge(self, run: Pretrain, weights: Path) -> dict[str, Any]:
+        """Figures of the encoder alone, by patient, on the test patients that it can be told on."""
+        encoder = load_encoder(weights)
+        names = ("landmark_mm", "near_mm", "registration_mm")
+        values: Values = {name: {} for name in (*names, "position_mm", "grid_mm")}
+        scans = []
+        for patient in self.cache.split("test"):
+            pair = self._points.setdefault(patient, points_of(self.cache, patient))
+            query, key = pair_features(encoder, pair, run.recipe.views.global_vox)
+            scans += [query.mean(dim=0), key.mean(dim=0)]
+            found = find(pair, query, key)
+            for name, value in zip(names, (found.mean_mm, found.near_mm, found.registered_mm), strict=True):
+                values[name][patient] = value
+            values["grid_mm"][patient], values["position_mm"][patient] = position_only(pair)
+        embeddings = torch.stack(scans)
+        retrieval = paired_retrieval(embeddings[0::2], embeddings[1::2])
+        patient = torch.arange(len(scans)) // 2
+        scalars = {
+            "phase_auc": phase_auc(embeddings, torch.arange(len(scans)) % 2 == 1, patient),
+            "retrieval_top1": retrieval.top1,
+            "rankme": rankme(embeddings),
+        }
+        return {"values": values, "scalars": scalars}
+
+    def _finetune(self, run: Finetune) -> dict[str, Any]:
+        folder = self.folder(run.id)
+        weights = self.folder(run.parent.id) / "export" / "encoder.safetensors"
+        if not weights.is_file():
+            raise TrainingError(f"its encoder {run.parent.id} has no weights: that run failed")
+        summary = _whole(
+            finetune_segment(
+                run.recipe,
+                data=self.data,
+                out=folder,
+                encoder=weights,
+                labels=Labels(patients=run.patients, draw=run.draw),
+                device=self.device,
+                resume=self._can_go_on(folder),
+            ),
+            folder,
+        )
+        model, card = load_model(folder / "export" / "model")
+        scores = evaluate_model(
+            model,
+            self.cache,
+            evaluation_patients(self.cache, "test"),
+            names=card.labels,
+            roi_vox=card.roi_vox,
+            overlap=0.25,
+            device=self.device if self.device != "auto" else "cpu",
+        )
+        assert dict(card.labels) == LOBES
+        values = {metric: per_patient(scores, metric) for metric in ("dice", "nsd", "hd95_mm")}
+        return {"values": values, "scalars": {}, "labelled": summary["labelled_patients"]}
+
+    @staticmethod
+    def _can_go_on(folder: Path) -> bool:
+        """Whether the folder holds a run to resume; what a kill left before that is cleared away."""
+        if (folder / "config.yaml").is_file():
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+
+
+def _whole(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if summary["stopped_by"] is not None:
+        raise StoppedError(f"stopped by {summary['stopped_by']} in {folder}; the same command goes on from there")
+    return summary
+
+
+def array_of(
+    outcome: Outcome, arm: str, endpoint: str, labels: int | None = None
+) -> tuple[list[str], np.ndarray] | None:
+    """Patients, and figures [patients, seeds, draws] of an arm; None where a run of them failed or is missing."""
+    rows = [
+        row
+        for row in outcome.results.values()
+        if row["arm"] == arm and row.get("labels") == labels and endpoint in row["values"]
+    ]
+    draws = 1 if labels is None or outcome.plan.labels is None else outcome.plan.labels.draws
+    by_place = {(row["seed"], row.get("draw", 0)): row["values"][endpoint] for row in rows}
+    places = [(seed, draw) for seed in outcome.plan.seeds for draw in range(draws)]
+    if any(place not in by_place for place in places):
+        return None
+    patients = sorted(by_place[places[0]])
+    values = [
+        [[by_place[seed, draw][patient] for draw in range(draws)] for seed in outcome.plan.seeds]
+        for patient in patients
+    ]
+    return patients, np.array(values)

@@ -1,0 +1,219 @@
+"""The page of a comparison, as HTML and as Markdown, and its figures per patient as CSV."""
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from lungssl.comparison.findings import ENDPOINTS, Contrast, arm_figures, contrasts, regimes, sentences
+from lungssl.comparison.plan import as_text
+from lungssl.comparison.runs import Outcome
+from lungssl.reports.figures import png
+
+CAVEAT = (
+    "Intervals and tests are over patients, for the encoders and draws of labels at hand; how much another seed gives "
+    "is shown apart (SD over seeds). Contrasts of primary endpoints are adjusted together (Holm); all others are "
+    "exploratory."
+)
+
+
+def write_report(outcome: Outcome) -> Path:
+    """`report.html`, `report.md` and `patients.csv` in the comparison's folder; returns the first."""
+    found = contrasts(outcome)
+    page = {
+        "title": outcome.plan.title,
+        "caveat": CAVEAT,
+        "sentences": sentences(outcome, found),
+        "arms": arm_rows(outcome),
+        "costs": cost_rows(outcome),
+        "contrasts": contrast_rows(found),
+        "failures": failure_rows(outcome),
+        "leakage": leakage_rows(outcome),
+        "missing": outcome.missing,
+        "plan": as_text(outcome.plan.as_dict()),
+        "command": f"lungssl compare {shlex.quote(str(outcome.folder / 'plan.yaml'))} --out {outcome.folder}",
+        "environment": json.loads((outcome.folder / "env.json").read_text(encoding="utf-8")),
+        "equalise": outcome.plan.equalise,
+    }
+    templates = files("lungssl") / "reports" / "templates"
+    markdown = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    text = markdown.from_string((templates / "comparison.md").read_text(encoding="utf-8")).render(page)
+    (outcome.folder / "report.md").write_text(text, encoding="utf-8")
+    figures = {"forest": png(forest_figure(found))}
+    if outcome.plan.labels is not None:
+        figures["labels"] = png(label_figure(outcome))
+    html = Environment(autoescape=True).from_string((templates / "comparison.html").read_text(encoding="utf-8"))
+    path = outcome.folder / "report.html"
+    path.write_text(html.render(page | {"figures": figures}), encoding="utf-8")
+    _write_patients(outcome)
+    return path
+
+
+def arm_rows(outcome: Outcome) -> list[dict[str, str]]:
+    """A row per arm: each endpoint's mean, with its standard deviations over patients and over seeds."""
+    rows = []
+    for name, arm in outcome.plan.arms.items():
+        row = {"arm": name, "isolates": arm.isolates}
+        for endpoint, about in ENDPOINTS.items():
+            for labels in regimes(outcome.plan, endpoint):
+                found = arm_figures(outcome, name, endpoint, labels)
+                head = f"{about.title}{f', {about.unit}' if about.unit else ''}"
+                row[head + (f", {labels} labelled" if labels is not None else "")] = (
+                    "–" if found is None else _spread(found, about.digits)
+                )
+        rows.append(row)
+    return rows
+
+
+def cost_rows(outcome: Outcome) -> list[dict[str, str]]:
+    """A row per arm: what its pretraining saw and cost, with one seed, and how long it took with all."""
+    rows = []
+    for name, cost in outcome.costs.items():
+        runs = [row for row in outcome.results.values() if row["arm"] == name]
+        rows.append(
+            {
+                "arm": name,
+                "patients": str(cost.patients),
+                "scans": str(cost.scans),
+                "steps": f"{cost.steps:,}",
+                "samples": f"{cost.samples:,}",
+                "voxels": f"{cost.voxels / 1e6:,.0f} M",
+                "tokens": f"{cost.tokens / 1e3:,.0f} k",
+                "TFLOP": f"{cost.flops / 1e12:,.2f}",
+                "displacement": cost.displacement or "not used",
+                "runs": str(len(runs)),
+                "minutes, all runs": f"{sum(row['seconds'] for row in runs) / 60:.1f}",
+            }
+        )
+    return rows
+
+
+def contrast_rows(found: Sequence[Contrast]) -> list[dict[str, str]]:
+    """A row per contrast and endpoint."""
+    rows = []
+    for one in found:
+        endpoint, value = ENDPOINTS[one.endpoint], one.difference
+        row = {"contrast": f"{one.first} − {one.second}", "endpoint": one.endpoint_title()}
+        row["family"] = "primary" if one.primary else "exploratory"
+        if value is None:
+            rows.append(row | dict.fromkeys(("difference", "95 %", "p", "p, Holm", "effect", "SD, seeds"), "–"))
+        else:
+            low, high = value.interval_95
+            rows.append(
+                row
+                | {
+                    "difference": f"{value.mean:+.{endpoint.digits}f}{f' {endpoint.unit}' if endpoint.unit else ''}",
+                    "95 %": f"{low:+.{endpoint.digits}f} to {high:+.{endpoint.digits}f}",
+                    "p": f"{value.p:.3f}",
+                    "p, Holm": "" if one.p_holm is None else f"{one.p_holm:.3f}",
+                    "effect": f"{value.effect:+.2f}",
+                    "SD, seeds": "–" if value.seed_sd is None else f"{value.seed_sd:.{endpoint.digits}f}",
+                }
+            )
+        rows[-1]["verdict"] = one.verdict()
+    return rows
+
+
+def failure_rows(outcome: Outcome) -> list[dict[str, str]]:
+    """Runs that broke down or raised an alarm."""
+    return [
+        {"run": row["id"], "what": row["failed"] or "; ".join(row["alarms"])}
+        for row in outcome.results.values()
+        if row["failed"] or row.get("alarms")
+    ]
+
+
+def leakage_rows(outcome: Outcome) -> list[dict[str, str]]:
+    """A row per encoder: figures of all test patients together, and what the run said of itself."""
+    return [
+        {
+            "run": row["id"],
+            "phase AUC": f"{row['scalars']['phase_auc']:.2f}",
+            "paired retrieval": f"{row['scalars']['retrieval_top1']:.2f}",
+            "RankMe": f"{row['scalars']['rankme']:.1f}",
+            "verdict": row["verdict"],
+        }
+        for row in outcome.results.values()
+        if row["scalars"]
+    ]
+
+
+def forest_figure(found: Sequence[Contrast]) -> Figure:
+    """Standardised differences, turned so that better is to the right."""
+    shown = [one for one in found if one.difference is not None and one.difference.patient_sd > 0]
+    figure = Figure(figsize=(8, 0.9 + 0.34 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots()
+    for place, one in enumerate(shown):
+        value = one.difference
+        assert value is not None
+        turn = (1 if ENDPOINTS[one.endpoint].higher_is_better else -1) / value.patient_sd
+        low, high = sorted(turn * end for end in value.interval_95)
+        colour = {"better": "#228833", "worse": "#ee6677", "equivalent": "#4477aa"}.get(one.verdict(), "#777777")
+        axes.plot([low, high], [place, place], color=colour, linewidth=2 if one.primary else 1.2)
+        axes.plot(turn * value.mean, place, "s" if one.primary else "o", color=colour, markersize=6)
+    axes.axvline(0, color="#1c2530", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("difference in standard deviations over patients; right: the first arm is better", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def label_figure(outcome: Outcome) -> Figure:
+    """Dice over labelled patients for each arm, with standard errors over patients."""
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name in outcome.plan.arms:
+        points = []
+        for labels in regimes(outcome.plan, "dice"):
+            found = arm_figures(outcome, name, "dice", labels)
+            if found is not None:
+                patients = len(next(iter(outcome.results.values()))["values"].get("landmark_mm", {})) or 1
+                points.append((labels, found[0], found[1] / math.sqrt(patients)))
+        if points:
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=4, capsize=2, linewidth=1.4)
+    axes.set_xlabel("labelled patients", fontsize=9)
+    axes.set_ylabel("lobe Dice, test patients", fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(regimes(outcome.plan, "dice")), [str(n) for n in regimes(outcome.plan, "dice")])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _spread(found: tuple[float, float, float], digits: int) -> str:
+    mean, patients, seeds = found
+    of_seeds = "" if math.isnan(seeds) else f"; seeds {seeds:.{digits}f}"
+    return f"{mean:.{digits}f} ({patients:.{digits}f}{of_seeds})"
+
+
+def _write_patients(outcome: Outcome) -> None:
+    """One line per run, endpoint and patient."""
+    rows: list[dict[str, Any]] = [
+        {
+            "run": row["id"],
+            "arm": row["arm"],
+            "seed": row["seed"],
+            "labels": row.get("labels", ""),
+            "draw": row.get("draw", ""),
+            "endpoint": endpoint,
+            "patient": patient,
+            "value": value,
+        }
+        for row in outcome.results.values()
+        for endpoint, values in row["values"].items()
+        for patient, value in values.items()
+    ]
+    names = ["run", "arm", "seed", "labels", "draw", "endpoint", "patient", "value"]
+    with open(outcome.folder / "patients.csv", "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
