@@ -180,3 +180,55 @@ def test_a_stream_resumes_where_it_stopped_for_any_number_of_workers(cache: Pair
     assert len(resumed) == 4
     for ours, theirs in zip(resumed, whole[3:], strict=True):
         assert torch.equal(ours.ct_hu, theirs.ct_hu) and torch.equal(ours.patient, theirs.patient)
+
+
+def test_so_many_patients_are_a_nested_draw_of_all(tmp_path: Path, make_pair: MakePair) -> None:
+    for name in "abcdef":
+        write_pair(make_pair(name), tmp_path)
+    cache = PairCache(tmp_path)
+    drawn = [PairCrops(cache, CropConfig(crop_vox=(12, 12, 12), patients=n)).patients for n in (2, 4, 6)]
+    assert [len(patients) for patients in drawn] == [2, 4, 6]
+    assert set(drawn[0]) < set(drawn[1]) < set(drawn[2])
+    for phases in ("exhale", "both"):  # the same people, whatever is read of them
+        config = CropConfig(crop_vox=(12, 12, 12), patients=2, phases=phases)
+        assert PairCrops(cache, config, seed=5).patients == drawn[0]
+    with pytest.raises(ValueError, match="cannot draw 7 patients from 6"):
+        PairCrops(cache, CropConfig(crop_vox=(12, 12, 12), patients=7))
+
+
+def test_a_strangers_inhale_fills_slot_1_at_the_corresponding_place(tmp_path: Path, make_pair: MakePair) -> None:
+    """All lungs of `make_pair` are alike, so a stranger's lung is at the place of the own one, with other voxels."""
+    for name in "abcd":
+        write_pair(make_pair(name), tmp_path)
+    write_pair(make_pair("e", phases=("inhale",)), tmp_path)
+    cache = PairCache(tmp_path)
+    config = CropConfig(crop_vox=(12, 14, 16), jitter_mm=0.0, partner="stranger", correspondences=True)
+    crops = PairCrops(cache, config)
+    met: dict[str, set[str]] = {}
+    for i in range(50):
+        sample = crops[i]
+        patient = cache.patients[int(sample.patient[0])]
+        start = np.rint(
+            (sample.voxel_to_mm[0, 1, :, 3].numpy() - cache[patient].scan("inhale").origin_mm) / [1.5, 2.0, 2.5]
+        ).astype(int)[::-1]
+        box = tuple(slice(s, s + k) for s, k in zip(start, (12, 14, 16), strict=True))
+        same = {p for p in "abcde" if np.array_equal(cache[p].scan("inhale").ct_hu[box], sample.ct_hu[0, 1])}
+        met.setdefault(patient, set()).update(same)
+        if patient == "e":  # one phase: nobody else's
+            continue
+        assert sample.partner_mm is not None and bool(sample.partner_mm.isnan().all())
+        own = np.asarray(cache.record(patient).exhale_to_inhale)
+        np.testing.assert_allclose(sample.exhale_to_inhale[0], own, atol=2.0)
+        assert sample.slot_phase.tolist() == [[0, 1]]
+    assert met.pop("e") == {"e"}
+    assert set(met) == set("abcd") == set().union(*met.values()) and all(len(names) == 1 for names in met.values())
+    assert all(patient not in names for patient, names in met.items())
+    again = PairCrops(PairCache(tmp_path), config)
+    torch.testing.assert_close(again.batch(3, 4).ct_hu, crops.batch(3, 4).ct_hu)
+
+
+def test_one_pair_has_no_stranger(cache: PairCache) -> None:
+    with pytest.raises(
+        CacheError, match=r"data\.partner=stranger needs two patients with both phases, only a has them"
+    ):
+        PairCrops(cache, CropConfig(crop_vox=(12, 12, 12), partner="stranger"), patients=["a", "c"])

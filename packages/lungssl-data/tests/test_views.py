@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lungssl_data.batch import HU_WINDOW, CropBatch
-from lungssl_data.views import ViewConfig, rotation
+from lungssl_data.views import BREATH_AXES, ViewConfig, rotation, synthetic_breath
 
 QUIET = {"noise_hu": (0.0, 0.0), "shift_hu": 0.0, "gamma": (1.0, 1.0)}
 
@@ -181,3 +181,36 @@ def test_rotations_are_rotations_about_the_named_axis() -> None:
     turn = rotation(torch.tensor([[0.3, -0.2, 0.5]]))[0]
     np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-6)
     assert float(torch.det(turn)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_synthetic_breath_keeps_the_lungs_mass(batch: int) -> None:
+    """Tissue fraction over all voxels, times how much a voxel grew, is what it was; slot 0 and pairs don't change."""
+    crops = coordinate_crops(batch)
+    lung = (torch.arange(26) > 8)[None, None, :, None, None].expand(crops.lung.shape).to(torch.uint8)
+    crops = replace(crops, lung=lung.contiguous(), slot_phase=torch.tensor([[1, 1]] * (batch - 1) + [[0, 1]]))
+    ratio = torch.linspace(1.2, 1.6, batch)
+    breathed, stretch = synthetic_breath(crops, ratio)
+    torch.testing.assert_close(breathed.ct_hu[:, 0], crops.ct_hu[:, 0])
+    torch.testing.assert_close(breathed.ct_hu[-1], crops.ct_hu[-1])
+    assert stretch[-1].tolist() == [1.0, 1.0, 1.0]
+    for row in range(batch - 1):
+        inside = lung[row, 1] > 0
+        assert stretch[row].prod().item() == pytest.approx(ratio[row].item(), rel=1e-5)
+        assert stretch[row, 2] > stretch[row, 1] > stretch[row, 0] > 1  # most along z: the diaphragm
+        before, after = (one.ct_hu[row, 1][inside].double() + 1000 for one in (crops, breathed))
+        assert (after.sum() * ratio[row]).item() == pytest.approx(before.sum().item(), rel=1e-3)
+        torch.testing.assert_close(breathed.ct_hu[row, 1][~inside], crops.ct_hu[row, 1][~inside])
+
+
+def test_views_of_a_synthetic_breath_see_the_same_place_larger_and_thinner() -> None:
+    crops = replace(coordinate_crops(2), slot_phase=torch.tensor([[0, 0], [0, 1]]))
+    still = {**QUIET, "rotation_deg": 0.0, "elastic_mm": 0.0, "zoom": (1.0, 1.0), "locals_per_slot": 0}
+    config = ViewConfig(global_vox=9, breath=(1.5, 1.5), **still)
+    first, second = config.build()(crops, torch.Generator().manual_seed(0)).views
+    step = [(view.coords_mm[:, :, 1, 1, 1] - view.coords_mm[:, :, 0, 0, 0]) for view in (first, second)]
+    torch.testing.assert_close(step[0][0] / step[1][0], torch.tensor([1.5**share for share in BREATH_AXES]))
+    torch.testing.assert_close(step[0][1], step[1][1])  # a pair breathes by itself
+    low, high = HU_WINDOW
+    tissue = (second.image[0, 0] * (high - low) + low + 1000) * 1.5
+    torch.testing.assert_close(tissue, hu_at(second.coords_mm)[0] + 1000, atol=1.6, rtol=0)

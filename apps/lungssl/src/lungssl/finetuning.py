@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from lungssl_backbones.weights import load_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.crops import PairCrops, usable_patients
+from lungssl_data.draws import draw_patients
 from lungssl_data.pair import Split
 from lungssl_data.views import ViewSampler
-from lungssl_tasks.few_label import label_draw
 from lungssl_tasks.model_folder import save_model
 from lungssl_tasks.segmentation import SegmentationTask
 
@@ -126,7 +127,7 @@ def build_finetuning(
     check_sizes(recipe, backbone)
     patients = usable_patients(cache, recipe.data, "train")
     if labels.patients is not None:
-        patients = label_draw(patients, labels.patients, draw=labels.draw)
+        patients = draw_patients(patients, labels.patients, draw=labels.draw)
     held_out = []
     if usable_patients(cache, recipe.data, "val"):
         judged = PairCrops(cache, recipe.data, split="val", seed=0)  # seed 0: all runs are judged on the same crops
@@ -153,11 +154,13 @@ def finetune_segment(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    judged: Sequence[Split] = ("train", "val"),
 ) -> dict[str, Any]:
     """Train, judge on whole scans, export `export/model`; returns what summary.json holds.
 
     `encoder` None starts from random weights of `recipe.backbone`, otherwise from the file's. Whole-scan Dice is given
-    for the labelled training patients (does it fit?) and for the validation patients (does it carry over?).
+    for the labelled training patients (does it fit?) and for the validation patients (does it carry over?), or for the
+    `judged` of these.
     Raises ConfigError, the data package's errors, and what `fit` raises.
     """
     parts = build_finetuning(recipe, data, encoder=encoder, labels=labels, device=device)
@@ -187,7 +190,7 @@ def finetune_segment(
         "encoder_sha256": weights,
     }
     if result.stopped_by is None:
-        for split in ("train", "val"):
+        for split in judged:
             dice = parts.whole_scan_dice(split)
             summary[f"{split}_dice"] = float(np.mean(list(dice.values()))) if dice else None
             if dice:

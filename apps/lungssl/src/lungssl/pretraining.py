@@ -121,6 +121,7 @@ def build_pretraining(
     cache = PairCache(data)
     recipe = at_spacing(recipe, cache_spacing_mm(cache))
     patients = len(usable_patients(cache, recipe.data, "train"))
+    patients = min(patients, recipe.data.patients or patients)
     recipe, reasons = settle(recipe, patients=patients, recorded=recorded)
     train = recipe.train
     torch.manual_seed(micro_seed(recipe.seed, _BUILD))
@@ -136,7 +137,7 @@ def build_pretraining(
     # that runs with different seeds are judged on the same crops.
 
     def held_out(data_config: CropConfig) -> list[CropBatch]:
-        judged = PairCrops(PairCache(data), data_config, split=split, seed=0)
+        judged = PairCrops(PairCache(data), dataclasses.replace(data_config, patients=None), split=split, seed=0)
         return [judged.batch(index, train.batch) for index in range(train.eval_batches)]
 
     return Pretraining(
@@ -145,7 +146,7 @@ def build_pretraining(
         crops=PairCrops(cache, recipe.data, split="train", seed=recipe.seed),
         sampler=recipe.views.build(),
         held_out=held_out(recipe.data),
-        probed=held_out(dataclasses.replace(recipe.data, correspondences=True)),
+        probed=held_out(dataclasses.replace(recipe.data, correspondences=True, partner="own")),
         held_out_split=split,
         fingerprint=cache.fingerprint(),
         device=where,

@@ -17,6 +17,7 @@ from numpy import ndarray
 from lungssl_data.batch import PHASES, CropBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.coarse_field import LATTICE_MM, CoarseField
+from lungssl_data.draws import draw_patients
 from lungssl_data.hot import HotScans
 from lungssl_data.pair import CacheError, Phase, Split
 
@@ -42,6 +43,11 @@ class CropConfig:
     """Consecutive samples from one patient: fewer files to open, less variety within a batch."""
     hot_mib: int = 0
     """Memory of one process for whole decoded scans, read once and then cut from; see `hot.py`."""
+    patients: int | None = None
+    """Only so many patients of the split, by `draws.draw_patients`, for comparisons at equal scans. None: all."""
+    partner: Literal["own", "stranger"] = "own"
+    """Whose inhale fills slot 1 of a patient with both phases. `stranger`: always the same other patient's, at the
+    corresponding place of the lungs: the negative control for pairing (`domain.md` F, A6). Nothing corresponds then."""
     correspondences: bool = False
     """Whether batches say where slot 0's points are in slot 1's scan: by the cache's displacement, which may be exact
     (phantom), given or estimated; by the identity for two crops of one scan. Methods that need it say so."""
@@ -74,7 +80,11 @@ class PairCrops:
         if patients is not None:
             wanted = [patient for patient in wanted if patient in set(patients)]
         self.slots = {patient: slots for patient in wanted if (slots := _slots(cache, config, patient))}
+        if config.patients is not None and self.slots:
+            chosen = draw_patients(list(self.slots), config.patients)
+            self.slots = {patient: slots for patient, slots in self.slots.items() if patient in set(chosen)}
         self.patients = list(self.slots)
+        self._partners = _partners(self.slots, config, seed)
         if not self.patients:
             labels = f" with {config.labels}" if config.labels else ""
             raise CacheError(
@@ -84,6 +94,7 @@ class PairCrops:
         self._shares = None if weights is None else _shares(self.patients, weights)
         self._places = {patient: place for place, patient in enumerate(cache.patients)}
         self._fields: dict[str, CoarseField | None] = {}
+        self._affines: dict[str, Float[ndarray, "3 4"]] = {}
         self._usable: dict[str, Float[ndarray, "n 3"]] = {}
         for patient, phases in self.slots.items():
             if phases[0] != phases[1]:
@@ -147,7 +158,8 @@ class PairCrops:
         """
         phases = self.slots[patient]
         size = np.asarray(self.config.crop_vox, float)
-        here, there = (self.cache.phase_record(patient, phase) for phase in phases)
+        partner = self._partners.get(patient, patient)
+        here, there = self.cache.phase_record(patient, phases[0]), self.cache.phase_record(partner, phases[1])
         first = self._starts(here.shape, centres_vox)
         place_mm = (first + size / 2)[:, ::-1] * here.spacing_mm + here.origin_mm
         if phases[0] != phases[1]:
@@ -164,8 +176,8 @@ class PairCrops:
         return np.where(sides >= size, inside, (sides - size) // 2).astype(int)
 
     def _to_inhale(self, patient: str, exhale_mm: Float[ndarray, "n 3"]) -> Float[ndarray, "n 3"]:
-        """Exhale points in the inhale scan: by the cache's field where it is defined, else by the coarse affine."""
-        affine = np.asarray(self.cache.record(patient).exhale_to_inhale)
+        """Exhale points in slot 1's scan: by the cache's field where it is defined, else by the coarse affine."""
+        affine = self._affine(patient)
         mapped = exhale_mm @ affine[:, :3].T + affine[:, 3]
         field = self._field(patient)
         if field is not None:
@@ -173,7 +185,25 @@ class PairCrops:
             mapped = np.where(np.isfinite(by_field).all(axis=1, keepdims=True), by_field, mapped)
         return mapped
 
+    def _affine(self, patient: str) -> Float[ndarray, "3 4"]:
+        """Exhale mm to mm of slot 1's scan: the cache's, or by centre and spread of the lungs to a stranger's."""
+        if patient not in self._partners:
+            return np.asarray(self.cache.record(patient).exhale_to_inhale)
+        if patient not in self._affines:
+            moments = []
+            for one, phase in ((patient, "exhale"), (self._partners[patient], "inhale")):
+                grid = self.cache.phase_record(one, phase)
+                lung_mm = self.cache.lung_points_vox(one, phase)[:, ::-1] * np.asarray(grid.spacing_mm) + grid.origin_mm
+                moments.append((lung_mm.mean(axis=0), lung_mm.std(axis=0)))
+            (centre, spread), (other_centre, other_spread) = moments
+            scale = other_spread / spread
+            shift = other_centre - scale * centre
+            self._affines[patient] = np.concatenate([np.diag(scale), shift[:, None]], axis=1)
+        return self._affines[patient]
+
     def _field(self, patient: str) -> CoarseField | None:
+        if patient in self._partners:
+            return None
         if patient not in self._fields:
             field = self.cache.displacement(patient)
             self._fields[patient] = None if field is None else CoarseField.of(field)
@@ -202,14 +232,15 @@ class PairCrops:
         affines = np.zeros((len(places), 2, 3, 4), np.float32)
         links = np.zeros((len(places), 3, 4), np.float32)
         for row, (patient, phases, starts) in enumerate(places):
-            for slot, (phase, start) in enumerate(zip(phases, starts, strict=True)):
+            people = patient, self._partners.get(patient, patient)
+            for slot, (one, phase, start) in enumerate(zip(people, phases, starts, strict=True)):
                 for name, block in blocks.items():
-                    self._source.read_into(patient, phase, name, start, block[row, slot])
-                grid = self.cache.phase_record(patient, phase)
+                    self._source.read_into(one, phase, name, start, block[row, slot])
+                grid = self.cache.phase_record(one, phase)
                 affines[row, slot, :, :3] = np.diag(grid.spacing_mm)
                 affines[row, slot, :, 3] = np.asarray(start)[::-1] * grid.spacing_mm + grid.origin_mm
             paired = phases[0] != phases[1]
-            links[row] = np.asarray(self.cache.record(patient).exhale_to_inhale) if paired else np.eye(3, 4)
+            links[row] = self._affine(patient) if paired else np.eye(3, 4)
         tensors = {name: torch.from_numpy(block) for name, block in blocks.items()}
         return CropBatch(
             ct_hu=tensors["ct"],
@@ -232,8 +263,25 @@ class _Place(NamedTuple):
     starts: tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
+def _partners(slots: Mapping[str, tuple[Phase, Phase]], config: CropConfig, seed: int) -> dict[str, str]:
+    """Whose inhale each paired patient sees instead of the own one: the next of a random order. Empty for own ones.
+
+    Raises CacheError for a single pair, which has no stranger.
+    """
+    paired = [patient for patient, phases in slots.items() if phases[0] != phases[1]]
+    if config.partner == "own" or not paired:
+        return {}
+    if len(paired) == 1:
+        raise CacheError(f"data.partner=stranger needs two patients with both phases, only {paired[0]} has them")
+    order = [paired[i] for i in np.random.default_rng([seed, 2]).permutation(len(paired))]
+    return dict(zip(order, [*order[1:], order[0]], strict=True))
+
+
 def usable_patients(cache: PairCache, config: CropConfig, split: Split | None = None) -> list[str]:
-    """Patients of a split (None: all) with a scan of the phases and with the labels that `config` asks for."""
+    """Patients of a split (None: all) with a scan of the phases and with the labels that `config` asks for.
+
+    All of them, whatever `config.patients` is.
+    """
     return [patient for patient in _of_split(cache, split) if _slots(cache, config, patient)]
 
 

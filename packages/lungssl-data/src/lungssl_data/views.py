@@ -5,7 +5,7 @@ voxel that it sampled, so any two views of a scan correspond exactly, and views 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,9 @@ from lungssl_data.batch import HU_WINDOW, CropBatch, PairBatch, View
 Kind = Literal["global", "local"]
 Slot = Literal[0, 1]
 SLOTS: tuple[Slot, Slot] = (0, 1)
+BREATH_AXES = (0.11, 0.28, 0.61)
+"""Share of a breath's log volume along x, y and z: the middles of deep breath-holds, 8, 14 and 40 mm (`domain.md` D1),
+over lungs of 240, 160 and 200 mm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,11 @@ class ViewConfig:
     gamma: tuple[float, float] = (0.9, 1.1)
     """Exponent on the scaled window, log-uniform, per view."""
 
+    breath: tuple[float, float] = (1.0, 1.0)
+    """Volume after over before a synthetic breath, log-uniform, in slot 1 of samples that show one phase: the lungs'
+    tissue thins by it and the view stretches (`synthetic_breath`). (1, 1): none. Deep breath-holds of the phantom's
+    probe have 1.12 to 1.68 (`domain.md` D6)."""
+
     def build(self) -> "ViewSampler":
         """The sampler of these views."""
         return ViewSampler(self)
@@ -68,6 +76,9 @@ class ViewSampler:
                 f"views.flip_lr={config.flip_lr} with labels: mirrored lobes would carry the wrong names; set it to 0"
             )
         flip = torch.rand(len(crops.patient), generator=generator) < config.flip_lr
+        stretch = torch.ones(len(crops.patient), 3)
+        if config.breath != (1.0, 1.0):
+            crops, stretch = synthetic_breath(crops, _log_uniform(config.breath, len(crops.patient), generator))
         plan: list[tuple[Kind, int, int]] = [
             ("global", config.global_vox, config.globals_per_slot),
             ("local", config.local_vox, config.locals_per_slot),
@@ -79,7 +90,7 @@ class ViewSampler:
                 crops,
                 kind,
                 side,
-                [self._draw(crops, slot, side, flip, generator) for _ in range(count) for slot in SLOTS],
+                [self._draw(crops, slot, side, flip, stretch, generator) for _ in range(count) for slot in SLOTS],
             )
         ]
         return PairBatch(
@@ -102,7 +113,9 @@ class ViewSampler:
             exhale_to_inhale=crops.exhale_to_inhale,
         )
 
-    def _draw(self, crops: CropBatch, slot: Slot, side: int, flip: Tensor, generator: torch.Generator) -> "_Drawn":
+    def _draw(
+        self, crops: CropBatch, slot: Slot, side: int, flip: Tensor, stretch: Tensor, generator: torch.Generator
+    ) -> "_Drawn":
         config = self.config
         batch = len(crops.patient)
         block = _block_xyz(crops)
@@ -112,6 +125,8 @@ class ViewSampler:
         centre = (block - 1) / 2 + (torch.rand(batch, 3, generator=generator) - 0.5) * slack
         turn = rotation(angles) * zoom[:, None, None]
         turn[:, :, 0] *= torch.where(flip, -1.0, 1.0)[:, None]
+        if slot == 1:
+            turn = turn / stretch[:, :, None]  # along the patient's axes, not the view's
         lattice = None
         if config.elastic_mm > 0:
             step_mm = torch.linalg.vector_norm(crops.voxel_to_mm[:, slot, :, :3].cpu(), dim=1)  # per index axis
@@ -127,6 +142,20 @@ class ViewSampler:
             gamma=_log_uniform(config.gamma, batch, generator),
             seed=torch.randint(2**62, (), generator=generator) + torch.arange(batch),
         )
+
+
+def synthetic_breath(crops: CropBatch, volume_ratio: Float32[Tensor, " b"]) -> tuple[CropBatch, Float32[Tensor, "b 3"]]:
+    """Slot 1 as after a breath, for samples whose slots show one phase; and how much each axis (x, y, z) stretches.
+
+    Mass is conserved: tissue fraction (HU + 1000) / 1000 in the lung is divided by the ratio (`domain.md` D2). The
+    crops keep their grid: views of slot 1 are to be sampled 1 / stretch apart. A rival of the second scan (A7).
+    """
+    ratio = torch.where((crops.slot_phase[:, 0] == crops.slot_phase[:, 1]).cpu(), volume_ratio, 1.0)
+    hu, lung = crops.ct_hu[:, 1].float(), crops.lung[:, 1] > 0
+    thinned = (hu + 1000) / ratio.to(hu.device).view(-1, 1, 1, 1) - 1000
+    ct_hu = crops.ct_hu.clone()
+    ct_hu[:, 1] = torch.where(lung, thinned, hu).round().to(ct_hu.dtype)
+    return replace(crops, ct_hu=ct_hu), ratio[:, None] ** torch.tensor(BREATH_AXES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,18 +57,19 @@ class Contrast:
         return ENDPOINTS[self.endpoint].title + (f", {self.labels} labelled" if self.labels is not None else "")
 
     def verdict(self) -> str:
-        """`better`, `worse`, `equivalent`, `not shown` or `missing`, for the first arm.
+        """`equivalent`, `better`, `worse`, `not shown` or `missing`, for the first arm.
 
-        A primary contrast is shown by its adjusted p below 0.05 and its 95 % interval; another by its interval alone.
+        A difference that is surely within the margin is none, however sure. Else a primary contrast is shown by its
+        adjusted p below 0.05 and its 95 % interval, another by its interval alone.
         """
         found, endpoint = self.difference, ENDPOINTS[self.endpoint]
         if found is None:
             return "missing"
+        if endpoint.margin is not None and found.equivalent(endpoint.margin):
+            return "equivalent"
         low, high = found.interval_95
         if (low > 0 or high < 0) and (self.p_holm is None or self.p_holm < 0.05):
             return "better" if (low > 0) == endpoint.higher_is_better else "worse"
-        if endpoint.margin is not None and found.equivalent(endpoint.margin):
-            return "equivalent"
         return "not shown"
 
 

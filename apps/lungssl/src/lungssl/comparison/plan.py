@@ -44,7 +44,7 @@ class LabelPlan:
     overrides: tuple[str, ...] = ()
     """`section.key=value` of it."""
     patients: tuple[int, ...] = (1, 5)
-    """Regimes: labelled patients. Draws are nested in them (`few_label.py`)."""
+    """Regimes: labelled patients. Draws are nested in them (`lungssl_data.draws`)."""
     draws: int = 1
     """Draws of so many patients."""
 

@@ -193,6 +193,7 @@ class _Worker:
                 labels=Labels(patients=run.patients, draw=run.draw),
                 device=self.device,
                 resume=self._can_go_on(folder),
+                judged=(),
             ),
             folder,
         )
