@@ -22,6 +22,31 @@ Equalised = Literal["steps", "flops"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A figure per test patient."""
+
+    title: str
+    unit: str
+    digits: int
+    higher_is_better: bool
+    margin: float | None = None
+    """Differences smaller than this don't matter in practice (`domain.md` F); None: no margin was set beforehand."""
+    of_labels: bool = False
+    """Of a model learned from labels, not of the encoder alone."""
+
+
+ENDPOINTS: dict[str, Endpoint] = {
+    "landmark_mm": Endpoint(title="landmark error", unit="mm", digits=1, higher_is_better=False, margin=0.2),
+    "near_mm": Endpoint(title="landmark error near", unit="mm", digits=2, higher_is_better=False, margin=0.2),
+    "registration_mm": Endpoint(title="TRE, matched features", unit="mm", digits=2, higher_is_better=False, margin=0.2),
+    "dice": Endpoint(title="lobe Dice", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True),
+    "nsd": Endpoint(title="lobe NSD at 2 mm", unit="", digits=3, higher_is_better=True, of_labels=True),
+    "hd95_mm": Endpoint(title="lobe HD95", unit="mm", digits=1, higher_is_better=False, of_labels=True),
+}
+"""TRE's margin is also that of looking up. NSD and HD95 are secondary and have none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way of pretraining."""
 
@@ -78,6 +103,9 @@ class Plan:
         for name in {arm for pair in self.contrasts for arm in pair}:
             if name not in self.arms:
                 raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, self.arms)}")
+        for name in self.primary:
+            if name not in ENDPOINTS:
+                raise ValueError(f"primary names endpoint {name!r}{did_you_mean(name, ENDPOINTS)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one, got {list(self.seeds)}")
 

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from lungssl.comparison.findings import ENDPOINTS, Contrast, arm_figures, contrasts, regimes, sentences
-from lungssl.comparison.plan import as_text
+from lungssl.comparison.findings import Contrast, arm_figures, contrasts, regimes, sentences
+from lungssl.comparison.plan import ENDPOINTS, as_text
 from lungssl.comparison.runs import Outcome
 from lungssl.reports.figures import png
 

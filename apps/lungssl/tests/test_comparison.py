@@ -1,0 +1,286 @@
+"""Comparisons as a user makes them, on phantoms of 8 mm and runs of three steps."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lungssl.cli import main
+from lungssl.cohort import CohortConfig, make_cohort
+from lungssl.comparison.cost import Cost, check_fair
+from lungssl.comparison.findings import contrasts, sentences
+from lungssl.comparison.plan import ENDPOINTS, Plan, finetune_runs, load_plan, pretrain_runs, shard_of
+from lungssl.comparison.runs import Outcome, array_of, carry_out
+from lungssl.errors import ConfigError
+from lungssl.recipe_files import list_recipes
+from lungssl.reports.comparison_report import write_report
+
+SMALL: dict[str, Any] = {
+    "title": "Does it pay?",
+    "recipe": "demo/pretrain",
+    "overrides": [
+        "train.steps=3",
+        "train.batch=2",
+        "train.eval_every=3",
+        "train.checkpoint_every=1",
+        "views.local_vox=8",
+    ],
+    "arms": {
+        "A0": {"isolates": "floor", "pretrained": False},
+        "A1": {"isolates": "one phase", "overrides": ["data.phases=exhale", "method.pairs=within"]},
+        "A4": {"isolates": "pairing", "overrides": ["method.pairs=cross"]},
+    },
+    "contrasts": [["A4", "A1"], ["A4", "A0"]],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    for _ in make_cohort(CohortConfig(patients=20, spacing_mm=8.0), folder):
+        pass
+    return folder
+
+
+def write_plan(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(SMALL | changes))
+    return path
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def values(outcome: Outcome) -> dict[str, Any]:
+    return {name: (row["values"], row["scalars"]) for name, row in outcome.results.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("whole")
+    return carry_out(load_plan(write_plan(folder / "plan.yml")), data=data, out=folder / "out", say=quiet)
+
+
+@pytest.mark.parametrize("name", list_recipes("plan"))
+def test_shipped_plans_resolve(name: str) -> None:
+    plan = load_plan(name)
+    runs = pretrain_runs(plan, "data")
+    assert len({run.id for run in runs}) == len(runs) == len(plan.arms) * len(plan.seeds)
+    assert len({one.id for run in runs for one in finetune_runs(plan, run)}) >= len(runs) * (plan.labels is not None)
+    assert load_plan(name, [f"seeds={list(plan.seeds)}"]) == plan
+
+
+def test_a_plans_mistakes_are_named(tmp_path: Path) -> None:
+    plan = str(write_plan(tmp_path / "plan.yaml"))
+    with pytest.raises(ConfigError, match="contrasts name arm 'A5'; known: A0, A1, A4"):
+        load_plan(plan, ["contrasts=[[A5, A1]]"])
+    with pytest.raises(ConfigError, match=r"plan\.sedes: unknown key; did you mean 'seeds'"):
+        load_plan(plan, ["sedes=[1]"])
+    with pytest.raises(ConfigError, match=r"seeds must be different and at least one, got \[1, 1\]"):
+        load_plan(plan, ["seeds=[1,1]"])
+    with pytest.raises(ConfigError, match=r"primary names endpoint 'dyce'; did you mean 'dice'"):
+        load_plan(plan, ["primary=[dyce]"])
+    with pytest.raises(ConfigError, match=r"arms\.A4: .*unknown key"):
+        pretrain_runs(load_plan(plan, ["arms.A4.overrides=[train.stebs=3]"]), "data")
+    with pytest.raises(ConfigError, match="no such plan file"):
+        load_plan(str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match=r"--shard 3/2: expected i/n"):
+        shard_of([], "3/2")
+
+
+def test_a_changed_plan_touches_only_what_the_change_decides(tmp_path: Path) -> None:
+    path = str(write_plan(tmp_path / "plan.yaml", labels={"patients": [1, 2]}))
+
+    def ids(*overrides: str) -> dict[str, list[str]]:
+        plan = load_plan(path, overrides)
+        return {run.arm: [run.id, *(f.id for f in finetune_runs(plan, run))] for run in pretrain_runs(plan, "data")}
+
+    before = ids()
+    assert ids("title=Other", "contrasts=[[A1, A0]]") == before
+    arm = ids("arms.A4.overrides=[method.pairs=all]")
+    assert arm["A1"] == before["A1"] and arm["A0"] == before["A0"] and not set(arm["A4"]) & set(before["A4"])
+    labels = ids("labels.patients=[1,3]")
+    assert {arm: one[:2] for arm, one in labels.items()} == {arm: one[:2] for arm, one in before.items()}
+    assert labels["A1"][2] != before["A1"][2]
+    longer = ids("overrides=[train.steps=5]")
+    assert longer["A0"] == before["A0"] and longer["A1"][0] != before["A1"][0]  # nothing is trained in A0
+
+
+def test_an_unfair_plan_is_refused_with_the_figure(data: Path, tmp_path: Path) -> None:
+    plan = load_plan(str(write_plan(tmp_path / "p.yaml")), ["arms.A4.overrides=[method.pairs=cross,train.steps=4]"])
+    with pytest.raises(ConfigError, match=r"unfair: A4 has 4 steps and A1 3 \(\+33.3%\).*set arms.A4.* train.steps=3"):
+        carry_out(plan, data=data, out=tmp_path / "out", say=quiet)
+    assert not (tmp_path / "out").exists()
+    larger = load_plan(
+        str(write_plan(tmp_path / "q.yaml", equalise="flops")), ["arms.A4.overrides=[views.locals_per_slot=3]"]
+    )
+    with pytest.raises(ConfigError, match=r"unfair: A4 has [\d,]+ flops and A1 [\d,]+ \(\+.*within 2%"):
+        carry_out(larger, data=data, out=tmp_path / "out", say=quiet)
+
+
+def test_what_is_fair_is_within_two_percent() -> None:
+    def cost(flops: int, samples: int = 10) -> Cost:
+        return Cost(steps=5, samples=samples, patients=1, scans=1, voxels=1, tokens=1, flops=flops, displacement="")
+
+    pairs = [("a", "b"), ("a", "floor")]
+    check_fair({"a": cost(1000), "b": cost(1020), "floor": cost(0)}, "flops", pairs)
+    with pytest.raises(ConfigError, match=r"\+2\.1%|-2\.1%"):
+        check_fair({"a": cost(1000), "b": cost(1021), "floor": cost(0)}, "flops", pairs)
+    with pytest.raises(ConfigError, match=r"10 samples and b 20 .*the same train\.batch"):
+        check_fair({"a": cost(1000), "b": cost(1000, 20), "floor": cost(0)}, "steps", pairs)
+
+
+def test_a_comparison_reports_every_arm_by_patient(whole: Outcome) -> None:
+    assert not whole.missing and len(whole.results) == 3
+    assert whole.costs["A0"].flops == 0 and whole.costs["A1"].scans * 2 == whole.costs["A4"].scans
+    assert whole.costs["A1"].samples == whole.costs["A4"].samples == 6
+    found = array_of(whole, "A4", "landmark_mm")
+    assert found is not None
+    patients, errors = found
+    assert len(patients) == 5 and errors.shape == (5, 1, 1) and (errors > 1).all() and (errors < 300).all()
+    html = write_report(whole).read_text()
+    markdown = (whole.folder / "report.md").read_text()
+    for text in (html, markdown):
+        assert "A4 against A1, landmark error" in text and "no answer" not in text and "A4" in text
+    assert html.count("data:image/png") == 1 and "http" not in html.replace("http-equiv", "")
+    lines = (whole.folder / "patients.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 5 * 5  # arms, figures, patients
+    assert not any(line.startswith("/") for line in markdown.splitlines())
+
+
+def test_a_finished_comparison_repeats_nothing_and_a_killed_one_goes_on(
+    whole: Outcome, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the second run, once it has a checkpoint: the results are those of the comparison that was not."""
+    plan = write_plan(tmp_path / "plan.yaml")
+    command = [sys.executable, "-c", "import sys; from lungssl.cli import main; sys.exit(main(sys.argv[1:]))"]
+    arguments = ["compare", str(plan), "--data", str(data), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("runs/A1-*/checkpoints/step_1")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/results").glob("*.json")}
+    assert len(kept) == 1
+    assert main(arguments) == 0
+    outcome = carry_out(load_plan(str(plan)), data=data, out=tmp_path / "out", say=quiet)
+    assert values(outcome) == values(whole)
+    name, written = next(iter(kept.items()))
+    assert (tmp_path / "out/results" / name).stat().st_mtime_ns == written
+    assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
+
+
+def test_shards_made_apart_are_one_comparison(whole: Outcome, data: Path, tmp_path: Path) -> None:
+    plan = str(write_plan(tmp_path / "plan.yaml"))
+    for part in ("1/2", "2/2"):
+        out = tmp_path / part.replace("/", "-")
+        assert main(["compare", plan, "--data", str(data), "--out", str(out), "--shard", part]) == 0
+        assert not (out / "report.html").exists()
+    shutil.copytree(tmp_path / "2-2/results", tmp_path / "1-2/results", dirs_exist_ok=True)
+    outcome = carry_out(load_plan(plan), data=data, out=tmp_path / "1-2", say=quiet)
+    assert not outcome.missing and values(outcome) == values(whole)
+
+
+def test_a_run_that_breaks_down_is_told_and_drops_no_arm_silently(data: Path, tmp_path: Path) -> None:
+    plan = load_plan(
+        str(write_plan(tmp_path / "plan.yaml")),
+        ["arms.A1.overrides=[data.phases=exhale,method.pairs=within,train.lr=1.0e+30,train.warmup=0,train.clip=0]"],
+    )
+    outcome = carry_out(plan, data=data, out=tmp_path / "out", say=quiet)
+    failed = [row for row in outcome.results.values() if row["failed"]]
+    assert len(failed) == 1 and failed[0]["arm"] == "A1" and "is nan at step" in failed[0]["failed"]
+    said = sentences(outcome, contrasts(outcome))
+    assert (
+        "no answer, as runs are missing or failed" in said[0]
+        and "A4 against A0" in said[1]
+        and "no answer" not in said[1]
+    )
+    assert "is nan at step" in write_report(outcome).read_text()
+
+
+def test_a_used_folder_that_is_no_comparison_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    plan = str(write_plan(tmp_path.parent / "plan.yaml"))
+    assert main(["compare", plan, "--data", str(data), "--out", str(tmp_path)]) == 2
+    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert main(["compare", "tinny", "--out", str(tmp_path)]) == 2
+    assert "unknown plan 'tinny'; did you mean 'tiny'?" in capsys.readouterr().err
+    assert main(["compare", plan, "--data", str(data)]) == 2
+    assert "--out is missing" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_cost(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = str(write_plan(tmp_path / "plan.yaml"))
+    assert main(["compare", plan, "--data", str(data), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "3 encoders, 0 models" in said and "A1       one phase: 12 patients, 12 scans, 3 steps" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
+
+
+def planted(tmp_path: Path, effect: dict[str, float]) -> Outcome:
+    """Two seeds, twelve patients with errors about 6 mm."""
+    plan = Plan(
+        title="Planted",
+        recipe="demo/pretrain",
+        arms=load_plan("tiny").arms,
+        contrasts=(("A4", "A1"),),
+        primary=("landmark_mm",),
+        seeds=(0, 1),
+    )
+    results = {
+        f"{arm}-{seed}": {
+            "id": f"{arm}-{seed}",
+            "arm": arm,
+            "seed": seed,
+            "failed": None,
+            "values": {
+                "landmark_mm": {
+                    f"p{i}": 6
+                    + 0.3 * i
+                    + effect.get(arm, 0)
+                    + 0.1 * ((7 * i + 3 * seed + len(arm)) % 5 - 2) * (arm != "A1")
+                    for i in range(12)
+                }
+            },
+            "scalars": {},
+        }
+        for arm in plan.arms
+        for seed in plan.seeds
+    }
+    return Outcome(folder=tmp_path, plan=plan, costs={}, results=results, missing=[])
+
+
+@pytest.mark.parametrize(
+    ("shift_mm", "said"),
+    [(-1.0, "A4 is better."), (1.0, "A4 is worse."), (0.0, "They are equivalent, within ±0.2 mm.")],
+)
+def test_planted_effects_are_told_in_plain_words(tmp_path: Path, shift_mm: float, said: str) -> None:
+    outcome = planted(tmp_path, {"A4": shift_mm})
+    (sentence,) = sentences(outcome, contrasts(outcome))
+    assert sentence.startswith("A4 against A1, landmark error:") and sentence.endswith(said)
+    assert "12 patients" in sentence
+
+
+def test_every_primary_contrast_is_adjusted_for_the_others(tmp_path: Path) -> None:
+    outcome = planted(tmp_path, {"A4": -1.0})
+    (one,) = [c for c in contrasts(outcome) if c.primary]
+    assert one.difference is not None and one.p_holm == one.difference.p
+    assert {c.endpoint for c in contrasts(outcome)} == {n for n, e in ENDPOINTS.items() if not e.of_labels}
+    text = json.dumps([c.verdict() for c in contrasts(outcome)])
+    assert text.count("missing") == 2  # the other figures weren't planted
