@@ -15,7 +15,7 @@ import yaml
 from lungssl.cli import main
 from lungssl.cohort import CohortConfig, make_cohort
 from lungssl.comparison.cost import Cost, check_fair
-from lungssl.comparison.findings import contrasts, sentences
+from lungssl.comparison.findings import contrasts, power_note, sentences
 from lungssl.comparison.plan import ENDPOINTS, Plan, finetune_runs, load_plan, pretrain_runs, shard_of
 from lungssl.comparison.runs import Outcome, array_of, carry_out
 from lungssl.errors import ConfigError
@@ -111,6 +111,7 @@ def test_a_changed_plan_touches_only_what_the_change_decides(tmp_path: Path) -> 
     assert labels["A1"][2] != before["A1"][2]
     longer = ids("overrides=[train.steps=5]")
     assert longer["A0"] == before["A0"] and longer["A1"][0] != before["A1"][0]  # nothing is trained in A0
+    assert ids("overrides=[views.global_vox=24]")["A0"] != before["A0"]  # it is judged by windows of that size
 
 
 def test_an_unfair_plan_is_refused_with_the_figure(data: Path, tmp_path: Path) -> None:
@@ -126,15 +127,15 @@ def test_an_unfair_plan_is_refused_with_the_figure(data: Path, tmp_path: Path) -
 
 
 def test_what_is_fair_is_within_two_percent() -> None:
-    def cost(flops: int, samples: int = 10) -> Cost:
-        return Cost(steps=5, samples=samples, patients=1, scans=1, voxels=1, tokens=1, flops=flops, displacement="")
+    def cost(flops: int, samples: int = 10, steps: int = 5) -> Cost:
+        return Cost(steps=steps, samples=samples, patients=1, scans=1, voxels=1, tokens=1, flops=flops, displacement="")
 
-    pairs = [("a", "b"), ("a", "floor")]
-    check_fair({"a": cost(1000), "b": cost(1020), "floor": cost(0)}, "flops", pairs)
-    with pytest.raises(ConfigError, match=r"\+2\.1%|-2\.1%"):
-        check_fair({"a": cost(1000), "b": cost(1021), "floor": cost(0)}, "flops", pairs)
-    with pytest.raises(ConfigError, match=r"10 samples and b 20 .*the same train\.batch"):
-        check_fair({"a": cost(1000), "b": cost(1000, 20), "floor": cost(0)}, "steps", pairs)
+    floor = cost(0, 0, 0)
+    check_fair({"a": cost(1000), "floor": floor, "b": cost(1020)}, "flops")
+    with pytest.raises(ConfigError, match=r"b has 1,021 flops and a 1,000 \(\+2\.1%\)"):
+        check_fair({"a": cost(1000), "floor": floor, "b": cost(1021)}, "flops")
+    with pytest.raises(ConfigError, match=r"b has 20 samples and a 10 .*the same train\.batch"):
+        check_fair({"a": cost(1000), "floor": floor, "b": cost(1000, 20)}, "steps")
 
 
 def test_a_comparison_reports_every_arm_by_patient(whole: Outcome) -> None:
@@ -249,6 +250,7 @@ def planted(tmp_path: Path, effect: dict[str, float]) -> Outcome:
             "arm": arm,
             "seed": seed,
             "failed": None,
+            "commit": None,
             "values": {
                 "landmark_mm": {
                     f"p{i}": 6
@@ -284,3 +286,15 @@ def test_every_primary_contrast_is_adjusted_for_the_others(tmp_path: Path) -> No
     assert {c.endpoint for c in contrasts(outcome)} == {n for n, e in ENDPOINTS.items() if not e.of_labels}
     text = json.dumps([c.verdict() for c in contrasts(outcome)])
     assert text.count("missing") == 2  # the other figures weren't planted
+
+
+def test_an_experiment_that_can_show_nothing_says_so(tmp_path: Path) -> None:
+    """Five patients: the least p is 2 / 32, above 0.05, however large the difference."""
+    outcome = planted(tmp_path, {"A4": -5.0})
+    assert power_note(contrasts(outcome)) is None
+    for row in outcome.results.values():
+        row["values"]["landmark_mm"] = {f"p{i}": row["values"]["landmark_mm"][f"p{i}"] for i in range(5)}
+    found = contrasts(outcome)
+    assert "With 5 patients and 1 primary tests no p after Holm can be below 0.062" in str(power_note(found))
+    (sentence,) = sentences(outcome, found)
+    assert sentence.endswith("The interval leaves 0 out, but not the p of all primary tests together: not shown.")

@@ -92,6 +92,15 @@ def test_landmarks_found_better_are_evidence_where_the_loss_is_not_unless_there_
         assert not LearningCheck().judge(_looked_up(risen, landmarks)).learned
 
 
+def test_a_loss_that_falls_by_a_collapse_is_no_learning() -> None:
+    collapsed = _looked_up([0.439, 0.2, 0.05, 0.006, 0.005], [117.4, 115.0, 113.0, 112.0, 112.2])
+    assert LearningCheck().judge(collapsed).learned
+    verdict = LearningCheck().judge(collapsed, alarms=["embedding_std fell from 0.05448 to 0.007685"])
+    assert not verdict.learned
+    assert verdict.sentence.startswith("Not learning: held-out loss went from 0.4390 to 0.0055")
+    assert verdict.sentence.endswith("; alarms were raised.")
+
+
 def test_features_that_got_worse_while_the_loss_fell_are_told() -> None:
     verdict = LearningCheck().judge(_looked_up([1.16, 1.0, 0.9, 0.86], [32.8, 69.6, 80.1, 80.1], floor=20.1))
     assert verdict.learned and "from 32.8 to 80.1 mm" in verdict.sentence

@@ -170,7 +170,7 @@ def finetune_segment(
     run.say(describe(parts, encoder))
     for warning in warnings(parts):
         run.say(f"WARNING: {warning}")
-    if not parts.held_out:
+    if not parts.held_out and recipe.train.eval_batches:
         run.say("WARNING: no val patient has labels; there are no held-out figures")
     result = fit(
         parts.task,

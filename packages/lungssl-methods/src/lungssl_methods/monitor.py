@@ -31,12 +31,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCheck:
-    """Learned means: the held-out loss fell and, where there is a teacher, the student came closer to it; or, without
-    an alarm of the run, landmarks are found better than at the start. And a teacher is neither uniform nor certain.
+    """Learned means, in a run without an alarm: the held-out loss fell and, where there is a teacher, the student came
+    closer to it; or landmarks are found better than at the start. And a teacher is neither uniform nor certain.
 
     A teacher that sharpens moves away from its student, so that loss and KL can rise while features gain: landmarks, of
     features that nothing but training changes, are evidence of their own. A run that collapses can gain there, too (a
-    teacher at momentum 0 did, by 4 to 11 %), hence the alarms.
+    teacher at momentum 0 did, by 4 to 11 %), and where features are one, predicting them is easy (a `jepa` fell to a
+    hundredth of its loss as its spread fell to a seventh), hence the alarms.
 
     The loss at the end is the mean of the last `window` evaluations. It is compared with the highest mean of `window`
     consecutive evaluations, or single first one, up to the middle of the run, not with the first: a DINO starts with
@@ -94,7 +95,7 @@ class LearningCheck:
                 f", teacher entropy stayed within {min(entropies.values()):.3f} and {max(entropies.values()):.3f} ln k"
             )
         sentence += landmarks
-        if fell:
+        if fell and not alarms:
             worse = "; its features find landmarks worse than at the start" if gain <= -self.landmark_margin else ""
             return Verdict(learned=True, sentence=f"Learning: {sentence}{worse}.")
         if gain >= self.landmark_margin and not alarms:

@@ -49,10 +49,12 @@ def compare(
     if outcome.missing and shard is not None:
         print(f"{len(outcome.missing)} runs of other shards are missing; copy their results/ here, or go on here")
         return
-    from lungssl.comparison.findings import contrasts, sentences
+    from lungssl.comparison.findings import contrasts, power_note, sentences
     from lungssl.reports.comparison_report import write_report
 
     report = write_report(outcome)
-    for sentence in sentences(outcome, contrasts(outcome)):
-        print(sentence)
+    found = contrasts(outcome)
+    for sentence in [*sentences(outcome, found), power_note(found)]:
+        if sentence is not None:
+            print(sentence)
     print(f"open {report}")

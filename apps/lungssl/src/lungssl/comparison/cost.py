@@ -1,7 +1,8 @@
 """What each arm of a comparison costs, and whether they may be compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 from lungssl_methods.budget import step_budget
@@ -68,16 +69,16 @@ def measure(run: Pretrain, data: Path, *, device: str = "auto") -> Cost:
     )
 
 
-def check_fair(costs: Mapping[str, Cost], equalise: Equalised, contrasts: Sequence[tuple[str, str]]) -> None:
-    """Raises ConfigError for two arms of a contrast that differ by more than TOLERANCE in what the plan equalises.
+def check_fair(costs: Mapping[str, Cost], equalise: Equalised) -> None:
+    """Raises ConfigError for two arms that differ by more than TOLERANCE in what the plan equalises.
 
     Arms that aren't pretrained cost nothing, and are compared with as what they are: the floor.
     """
     names = ("steps", "samples") if equalise == "steps" else ("flops",)
-    for first, second in contrasts:
+    for second, first in combinations((arm for arm, cost in costs.items() if cost.steps), 2):
         for name in names:
             a, b = getattr(costs[first], name), getattr(costs[second], name)
-            if 0 in (a, b) or max(a, b) <= (1 + TOLERANCE) * min(a, b):
+            if max(a, b) <= (1 + TOLERANCE) * min(a, b):
                 continue
             steps = round(costs[first].steps * b / a) if name != "samples" else None
             way = f"arms.{first}.overrides train.steps={steps}" if steps else "the same train.batch in both"

@@ -80,6 +80,23 @@ def sentences(outcome: Outcome, found: Sequence[Contrast]) -> list[str]:
     return [_sentence(one) for one in found if one.primary]
 
 
+def power_note(found: Sequence[Contrast]) -> str | None:
+    """What no experiment of this size can show; None where it can show something.
+
+    The exact Wilcoxon test of n patients has no two-sided p below 2 / 2^n; Holm multiplies it by the number of tests.
+    """
+    sizes = [one.difference.patients for one in found if one.primary and one.difference is not None]
+    if not sizes:
+        return None
+    least = len(sizes) * 2.0 ** (1 - max(sizes))
+    if least < 0.05:
+        return None
+    return (
+        f"With {max(sizes)} patients and {len(sizes)} primary tests no p after Holm can be below {min(1.0, least):.3f}: "
+        f"nothing can be shown to be better or worse: take more test patients, or fewer primary contrasts."
+    )
+
+
 def _sentence(one: Contrast) -> str:
     endpoint, found = ENDPOINTS[one.endpoint], one.difference
     about = f"{one.first} against {one.second}, {one.endpoint_title()}"
@@ -96,16 +113,20 @@ def _sentence(one: Contrast) -> str:
         case "equivalent":
             return f"{lead}. They are equivalent, within ±{endpoint.margin:g}{unit}."
         case _:
-            margin = endpoint.margin if endpoint.margin is not None else abs(found.mean) or None
-            more = (
-                ""
-                if not margin or not found.patient_sd
-                else (
-                    f" To see ±{margin:.{digits}f}{unit} in four experiments of five would take "
-                    f"{found.patients_needed(margin):,} patients."
-                )
-            )
-            return f"{lead}. No difference is shown, and none is ruled out.{more}"
+            if low > 0 or high < 0:
+                return f"{lead}. The interval leaves 0 out, but not the p of all primary tests together: not shown."
+            return f"{lead}. No difference is shown, and none is ruled out.{_needed(one, found)}"
+
+
+def _needed(one: Contrast, found: Difference) -> str:
+    """How many patients would tell a difference of the margin, where that is more than there are."""
+    endpoint = ENDPOINTS[one.endpoint]
+    if endpoint.margin is None or found.patients_needed(endpoint.margin) <= found.patients:
+        return ""
+    return (
+        f" To see ±{endpoint.margin:g}{f' {endpoint.unit}' if endpoint.unit else ''} in four experiments of five would "
+        f"take {found.patients_needed(endpoint.margin):,} patients."
+    )
 
 
 def _difference(outcome: Outcome, first: str, second: str, endpoint: str, labels: int | None) -> Difference | None:

@@ -1,7 +1,7 @@
 """A comparison as a YAML file: arms, seeds, labels and what is compared, resolved to a list of runs.
 
-A plan's run has an id that is the hash of all that decides its result, so that a changed plan repeats only what the
-change touches. Imports no torch; resolving a recipe does.
+A plan's run has an id that is the hash of all that decides its result but the code (whose commit is in the result), so
+that a changed plan repeats only what the change touches. Imports no torch; resolving a recipe does.
 """
 
 import hashlib
@@ -196,9 +196,9 @@ def finetune_runs(plan: Plan, parent: Pretrain) -> list[Finetune]:
 
 
 def start_of(recipe: Recipe) -> dict[str, Any]:
-    """What decides the weights before the first step."""
+    """What decides the weights before the first step, and how they are judged."""
     values = recipe.as_dict()
-    return {key: values[key] for key in ("seed", "backbone")}
+    return {"seed": values["seed"], "backbone": values["backbone"], "global_vox": values["views"]["global_vox"]}
 
 
 def shard_of(runs: Sequence[Pretrain], text: str | None) -> list[Pretrain]:

@@ -3,13 +3,14 @@
 <out>/plan.yaml            the plan
 <out>/costs.json           what each arm costs
 <out>/runs/<id>/           run folders; checkpoints of finished ones are deleted
-<out>/results/<id>.json    figures per patient, written when a run is finished; whoever finds it doesn't repeat the run
+<out>/results/<id>.json    figures per patient, written when a run is finished or broke down; while it is there, the run
+                           isn't repeated
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,7 @@ def carry_out(
     cache = PairCache(data)
     fingerprint = cache.fingerprint()
     runs = pretrain_runs(plan, fingerprint)
-    costs = {run.arm: cost.measure(run, data, device=device) for run in runs if run.seed == plan.seeds[0]}
-    cost.check_fair(costs, plan.equalise, plan.contrasts)
+    costs = fair_costs(plan, runs, data, device=device)
     for folder in (out / "runs", out / "results"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "plan.yaml", as_text(plan.as_dict()))
@@ -97,8 +97,7 @@ def carry_out(
 def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
     """What a plan would make and what its arms cost, for a person. Raises as `carry_out`."""
     runs = pretrain_runs(plan, PairCache(data).fingerprint())
-    costs = {run.arm: cost.measure(run, data, device=device) for run in runs if run.seed == plan.seeds[0]}
-    cost.check_fair(costs, plan.equalise, plan.contrasts)
+    costs = fair_costs(plan, runs, data, device=device)
     learned = [one for run in runs for one in finetune_runs(plan, run)]
     lines = [plan.title, f"{len(runs)} encoders, {len(learned)} models learned from labels on them"]
     for arm, one in costs.items():
@@ -106,7 +105,14 @@ def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
             f"{arm:<8} {plan.arms[arm].isolates}: {one.patients} patients, {one.scans} scans, {one.steps:,} steps, "
             f"{one.samples:,} samples, {one.flops / 1e12:.2f} TFLOP"
         )
-    return "\n".join([*lines, f"fair: no contrast differs in {plan.equalise} by more than {cost.TOLERANCE:.0%}"])
+    return "\n".join([*lines, f"fair: no two arms differ in {plan.equalise} by more than {cost.TOLERANCE:.0%}"])
+
+
+def fair_costs(plan: Plan, runs: Sequence[Pretrain], data: Path, *, device: str = "auto") -> dict[str, cost.Cost]:
+    """Of each arm, measured with the first seed. Raises ConfigError for an unfair plan."""
+    costs = {run.arm: cost.measure(run, data, device=device) for run in runs if run.seed == plan.seeds[0]}
+    cost.check_fair(costs, plan.equalise)
+    return costs
 
 
 class _Worker:
@@ -114,6 +120,7 @@ class _Worker:
 
     def __init__(self, *, data: Path, cache: PairCache, out: Path, device: str) -> None:
         self.data, self.cache, self.out, self.device = data, cache, out, device
+        self._commit = environment()["commit"]
         self._points: dict[str, PairPoints] = {}
 
     def result(self, run_id: str) -> Path:
@@ -126,7 +133,7 @@ class _Worker:
         """Make a run and write its result; one that breaks down is a result, too."""
         started = time.perf_counter()
         parent = step if isinstance(step, Pretrain) else step.parent
-        about: dict[str, Any] = {"id": step.id, "arm": parent.arm, "seed": parent.seed}
+        about: dict[str, Any] = {"id": step.id, "arm": parent.arm, "seed": parent.seed, "commit": self._commit}
         if isinstance(step, Finetune):
             about |= {"labels": step.patients, "draw": step.draw}
         try:

@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from lungssl.comparison.findings import Contrast, arm_figures, contrasts, regimes, sentences
+from lungssl.comparison.findings import Contrast, arm_figures, contrasts, power_note, regimes, sentences
 from lungssl.comparison.plan import ENDPOINTS, as_text
-from lungssl.comparison.runs import Outcome
+from lungssl.comparison.runs import Outcome, array_of
 from lungssl.reports.figures import png
 
 CAVEAT = (
@@ -29,7 +29,7 @@ def write_report(outcome: Outcome) -> Path:
     found = contrasts(outcome)
     page = {
         "title": outcome.plan.title,
-        "caveat": CAVEAT,
+        "caveat": " ".join(filter(None, [CAVEAT, power_note(found)])),
         "sentences": sentences(outcome, found),
         "arms": arm_rows(outcome),
         "costs": cost_rows(outcome),
@@ -41,6 +41,7 @@ def write_report(outcome: Outcome) -> Path:
         "command": f"lungssl compare {shlex.quote(str(outcome.folder / 'plan.yaml'))} --out {outcome.folder}",
         "environment": json.loads((outcome.folder / "env.json").read_text(encoding="utf-8")),
         "equalise": outcome.plan.equalise,
+        "commits": sorted({str(row["commit"]) for row in outcome.results.values()}),
     }
     templates = files("lungssl") / "reports" / "templates"
     markdown = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
@@ -173,10 +174,10 @@ def label_figure(outcome: Outcome) -> Figure:
     for name in outcome.plan.arms:
         points = []
         for labels in regimes(outcome.plan, "dice"):
-            found = arm_figures(outcome, name, "dice", labels)
-            if found is not None:
-                patients = len(next(iter(outcome.results.values()))["values"].get("landmark_mm", {})) or 1
-                points.append((labels, found[0], found[1] / math.sqrt(patients)))
+            found = array_of(outcome, name, "dice", labels)
+            if found is not None and len(found[0]) > 1:
+                of_patient = found[1].mean(axis=(1, 2))
+                points.append((labels, of_patient.mean(), of_patient.std(ddof=1) / math.sqrt(len(of_patient))))
         if points:
             x, y, error = zip(*points, strict=True)
             axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=4, capsize=2, linewidth=1.4)
