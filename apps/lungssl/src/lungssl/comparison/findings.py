@@ -92,8 +92,9 @@ def power_note(found: Sequence[Contrast]) -> str | None:
     if least < 0.05:
         return None
     return (
-        f"With {max(sizes)} patients and {len(sizes)} primary tests no p after Holm can be below {min(1.0, least):.3f}: "
-        f"nothing can be shown to be better or worse: take more test patients, or fewer primary contrasts."
+        f"With {max(sizes)} patients and {len(sizes)} primary tests no p after Holm can be below "
+        f"{min(1.0, least):.3f}: nothing can be shown to be better or worse. Take more test patients, or fewer primary "
+        f"contrasts."
     )
 
 
