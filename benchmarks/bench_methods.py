@@ -41,7 +41,7 @@ STARTED_AT = commit()
 PATIENTS = 53
 """Of which the hash puts 32 into `train` and 13 into `test`."""
 TEST_PATIENTS = 8
-"""Of `test`: as many as keep looking up shorter than training."""
+"""Of `test`, unless --patients says otherwise: as many as keep looking up shorter than training."""
 VIT = {"backbone": {"name": "vit3d_nano", "patch_vox": 4}, "train": {"lr": 1e-3}}
 RESENC = {"backbone": {"name": "resenc_tiny"}, "train": {"lr": 1.5e-3}}
 CROPS = {"data": {"phases": "both", "crop_vox": [40, 40, 40], "jitter_mm": 6}}
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rhos", default="1,0.5", help="shares of texture that the phases have in common")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training a run, on this machine")
+    parser.add_argument("--patients", type=int, default=TEST_PATIENTS, help="of `test` that a run is judged on")
     parser.add_argument("--again", action="store_true", help="repeat runs that are in the results")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -103,7 +104,7 @@ def main() -> None:
     for rho in map(float, options.rhos.split(",")):
         size = {"patients": 12, "spacing_mm": 6.0} if options.quick else {"patients": PATIENTS, "spacing_mm": 3.0}
         data = builtin_cohort(CohortConfig(texture_rho=rho, **size))
-        pairs = test_pairs(data, rho)
+        pairs = test_pairs(data, rho, options.patients)
         baselines, places = position_only(pairs)
         untrained: dict[Any, list[Found]] = {}
         for seed in map(int, options.seeds.split(",")):
@@ -187,11 +188,11 @@ def small_recipe(name: str, *, seed: int, steps: int) -> Recipe:
         return load_recipe(str(path), [])
 
 
-def test_pairs(data: Path, rho: float) -> list[PairPoints]:
+def test_pairs(data: Path, rho: float, patients: int) -> list[PairPoints]:
     """Held-out phantoms, with landmarks, which the cohort's cache doesn't hold: made again from their seeds."""
     cache = PairCache(data)
     found = []
-    for patient in cache.split("test")[:TEST_PATIENTS]:
+    for patient in cache.split("test")[:patients]:
         pair = cache[patient]
         seed = int(patient.removeprefix("phantom"))
         spacing = pair.scan("exhale").spacing_mm[0]

@@ -24,6 +24,8 @@ class CohortConfig:
     (`domain.md` D2), so the demo runs at one half."""
     seed: int = 0
     """First phantom's seed."""
+    motion: Literal["charts", "ffd"] = "charts"
+    """Family of the lungs' inner motion: `ffd`, a B-spline warp without gravity, is held out for tests of shift."""
 
     def name(self) -> str:
         """Folder name: a new one for every other cohort, and for every other version of phantom or cache."""
@@ -68,7 +70,11 @@ def make_cohort(config: CohortConfig, folder: Path) -> Iterator[str]:
             continue
         preset = preset_of(config.seed + index)
         phantom_config = PhantomConfig(
-            preset=preset, seed=config.seed + index, spacing_mm=config.spacing_mm, texture_rho=config.texture_rho
+            preset=preset,
+            seed=config.seed + index,
+            spacing_mm=config.spacing_mm,
+            texture_rho=config.texture_rho,
+            motion=config.motion,
         )
         write_pair(pair_from_phantom(make_phantom(phantom_config), name, splits[name], key=config.name()), folder)
         yield f"phantom {index + 1}/{config.patients}: {preset}, seed {config.seed + index}, {splits[name]}"

@@ -2,16 +2,18 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from lungssl_data.cache import PairCache
-from lungssl_data.pair import Phase, Split
+from lungssl_data.pair import Phase, PhaseScan, Split
 from lungssl_tasks.inference import predict_labels
 from lungssl_tasks.metrics import LOBE_TOLERANCE_MM, LabelScore, segmentation_scores
 from lungssl_tasks.segmentation import SegmentationModel
+from numpy import ndarray
 
 from lungssl.errors import DataError
 
@@ -42,19 +44,47 @@ def evaluate_model(
     device: str = "cpu",
 ) -> list[ScanScore]:
     """Scores of every labelled scan of `patients`; DataError where none has lobes."""
-    scores = []
+    predictions = predict_scans(model, cache, patients, roi_vox=roi_vox, overlap=overlap, device=device)
+    return [score for prediction in predictions for score in prediction.scores(names)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """A model's labels of a scan that has lobes."""
+
+    patient: str
+    phase: Phase
+    scan: PhaseScan
+    predicted: UInt8[ndarray, "z y x"]
+
+    def scores(self, names: Mapping[int, str]) -> list[ScanScore]:
+        """One per structure."""
+        assert self.scan.lobes is not None
+        rows = segmentation_scores(self.predicted, self.scan.lobes, spacing_mm=self.scan.spacing_mm, labels=names)
+        return [ScanScore(patient=self.patient, phase=self.phase, score=row) for row in rows]
+
+
+def predict_scans(
+    model: SegmentationModel,
+    cache: PairCache,
+    patients: Iterable[str],
+    *,
+    roi_vox: tuple[int, int, int],
+    overlap: float = 0.5,
+    device: str = "cpu",
+) -> Iterator[Prediction]:
+    """Labels of every scan of `patients` that has lobes; DataError where none has."""
+    none = True
     for patient in patients:
         pair = cache[patient]
         for phase in pair.phases():
             scan = pair.scan(phase)
-            if scan.lobes is None:
-                continue
-            predicted = predict_labels(model, scan.ct_hu, roi_vox=roi_vox, overlap=overlap, device=device)
-            rows = segmentation_scores(predicted, scan.lobes, spacing_mm=scan.spacing_mm, labels=names)
-            scores += [ScanScore(patient=patient, phase=phase, score=row) for row in rows]
-    if not scores:
+            if scan.lobes is not None:
+                none = False
+                predicted = predict_labels(model, scan.ct_hu, roi_vox=roi_vox, overlap=overlap, device=device)
+                yield Prediction(patient=patient, phase=phase, scan=scan, predicted=predicted)
+    if none:
         raise DataError("none of the patients to evaluate has lobes; take another --split or label some")
-    return scores
 
 
 def evaluation_patients(cache: PairCache, split: Split | str) -> list[str]:

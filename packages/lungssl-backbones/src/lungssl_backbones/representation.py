@@ -54,12 +54,15 @@ def paired_retrieval(exhale: Float[Tensor, "n d"], inhale: Float[Tensor, "n d"])
 
     Ties count as misses, so that collapsed features score 0 and not 1.
     """
+    ranks = retrieval_ranks(exhale, inhale)
+    mrr = (1.0 / ranks.double()).mean().item()
+    return Retrieval(top1=_share(ranks <= 1), top5=_share(ranks <= 5), mrr=mrr, n=len(ranks))
+
+
+def retrieval_ranks(exhale: Float[Tensor, "n d"], inhale: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+    """Of each exhale row's own patient among all inhale rows by cosine similarity, from 1; ties go to the others."""
     similarity = _unit(exhale) @ _unit(inhale).T
-    own = similarity.diagonal()[:, None]
-    others_ahead = (similarity >= own).sum(dim=1) - 1
-    n = len(similarity)
-    mrr = (1.0 / (others_ahead + 1).double()).mean().item()
-    return Retrieval(top1=_share(others_ahead < 1), top5=_share(others_ahead < 5), mrr=mrr, n=n)
+    return (similarity >= similarity.diagonal()[:, None]).sum(dim=1)
 
 
 def off_diagonal_cosine(features: Float[Tensor, "n d"]) -> float:
@@ -72,10 +75,24 @@ def off_diagonal_cosine(features: Float[Tensor, "n d"]) -> float:
 def phase_auc(features: Float[Tensor, "n d"], inhale: Bool[Tensor, " n"], patient: Int64[Tensor, " n"]) -> float:
     """How well a linear probe tells phases of patients it wasn't fitted to: area under the ROC curve, 0.5 is chance.
 
-    Ridge regression without intercept on standardised features, with the penalty n, each patient left out in turn; the
-    scores of all folds are ranked together. 1 means that the phase is written into the embedding.
+    The scores of `phase_scores`, ranked together. 1 means that the phase is written into the embedding.
 
     Raises ValueError without scans of both phases.
+    """
+    scores = phase_scores(features, inhale, patient)
+    first, second = scores[inhale], scores[~inhale]
+    if not len(first) or not len(second):
+        raise ValueError(f"phase_auc needs scans of both phases, got {len(first)} inhale and {len(second)} exhale")
+    above = (first[:, None] > second).double() + 0.5 * (first[:, None] == second).double()
+    return float(above.mean())
+
+
+def phase_scores(
+    features: Float[Tensor, "n d"], inhale: Bool[Tensor, " n"], patient: Int64[Tensor, " n"]
+) -> Float64[Tensor, " n"]:
+    """What a linear probe says of each scan's phase, fitted to the other patients; larger for inhale.
+
+    Ridge regression without intercept on standardised features, with the penalty n, each patient left out in turn.
     """
     x = features.double()
     x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-12)
@@ -86,11 +103,7 @@ def phase_auc(features: Float[Tensor, "n d"], inhale: Bool[Tensor, " n"], patien
         kernel = x[~out] @ x[~out].T + (~out).sum() * torch.eye(int((~out).sum()), dtype=torch.float64)
         target = y[~out] - y[~out].mean()
         scores[out] = x[out] @ (x[~out].T @ torch.linalg.solve(kernel, target))
-    first, second = scores[inhale], scores[~inhale]
-    if not len(first) or not len(second):
-        raise ValueError(f"phase_auc needs scans of both phases, got {len(first)} inhale and {len(second)} exhale")
-    above = (first[:, None] > second).double() + 0.5 * (first[:, None] == second).double()
-    return float(above.mean())
+    return scores
 
 
 def landmark_error_mm(

@@ -13,6 +13,9 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make, or to go on in. Needed unless --dry-run.")] = None,
     data: Annotated[Path | None, typer.Option(help="Pair cache; without it the plan's phantoms.")] = None,
+    shift_data: Annotated[
+        Path | None, typer.Option(help="Pair cache of the plan's shift test, e.g. another site's; all of it judges.")
+    ] = None,
     shard: Annotated[str | None, typer.Option(help="Make only part i of n of the runs, e.g. 2/4.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, runs and costs; write nothing.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -40,12 +43,16 @@ def compare(
         from lungssl.cohort import builtin_cohort
 
         data = builtin_cohort(loaded.phantoms, say=say)
+    if shift_data is None and loaded.shift is not None and not dry_run:
+        from lungssl.cohort import builtin_cohort
+
+        shift_data = builtin_cohort(loaded.shift, say=say)
     from lungssl.comparison import runs
 
     if dry_run or out is None:
         print(runs.describe(loaded, data, device=device))
         return
-    outcome = runs.carry_out(loaded, data=data, out=out, shard=shard, device=device, say=say)
+    outcome = runs.carry_out(loaded, data=data, out=out, shift=shift_data, shard=shard, device=device, say=say)
     if outcome.missing and shard is not None:
         print(f"{len(outcome.missing)} runs of other shards are missing; copy their results/ here, or go on here")
         return

@@ -1,12 +1,13 @@
 """What each arm of a comparison costs, and whether they may be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
 from lungssl_methods.budget import step_budget
 
+from lungssl.comparison.estimates import registration_seconds
 from lungssl.comparison.plan import Equalised, Pretrain
 from lungssl.errors import ConfigError
 from lungssl.pretraining import build_pretraining
@@ -34,19 +35,21 @@ class Cost:
     flops: int
     """By the formulas of `lungssl_methods.budget`."""
     displacement: str
-    """Where the correspondences are from, whose cost isn't in these figures; empty for arms that use none."""
+    """Where the correspondences are from; empty for arms that use none."""
+    registration_s: float = 0.0
+    """Seconds on this machine that estimating them took, beside the FLOPs."""
 
-    def as_dict(self) -> dict[str, int | str]:
+    def as_dict(self) -> dict[str, int | float | str]:
         """Field by field."""
         return asdict(self)
 
 
-def measure(run: Pretrain, data: Path, *, device: str = "auto") -> Cost:
+def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "auto") -> Cost:
     """From one forward on the run's first batch. Raises ConfigError where the run would see a test patient."""
     if not run.pretrained:
         return Cost(steps=0, samples=0, patients=0, scans=0, voxels=0, tokens=0, flops=0, displacement="")
     parts = build_pretraining(run.recipe, data, device=device)
-    seen = set(parts.crops.patients) & set(parts.crops.cache.split("test"))
+    seen = set(parts.crops.patients) & set(test)
     if seen:
         raise ConfigError(f"arm {run.arm} would be pretrained on {len(seen)} test patients, e.g. {min(seen)}")
     train = parts.recipe.train
@@ -66,6 +69,7 @@ def measure(run: Pretrain, data: Path, *, device: str = "auto") -> Cost:
         tokens=micro_steps * (one.tokens_student + one.tokens_teacher),
         flops=micro_steps * one.flops,
         displacement=where,
+        registration_s=registration_seconds(data) if where else 0.0,
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lungssl.comparison.plan import ENDPOINTS, Plan
+from lungssl.comparison.plan import ENDPOINTS, Plan, Regime
 from lungssl.comparison.runs import Outcome, array_of
 from lungssl.comparison.statistics import LEAST_PATIENTS, Difference, difference, holm
 
@@ -15,7 +15,7 @@ class Contrast:
     first: str
     second: str
     endpoint: str
-    labels: int | None
+    regime: Regime | None
     primary: bool
     difference: Difference | None
     """First less second; None where a run is missing or failed, or there are too few patients."""
@@ -29,7 +29,7 @@ class Contrast:
 
     def endpoint_title(self) -> str:
         """With the regime."""
-        return ENDPOINTS[self.endpoint].title + (f", {self.labels} labelled" if self.labels is not None else "")
+        return ENDPOINTS[self.endpoint].title + (f", {self.regime}" if self.regime is not None else "")
 
     def verdict(self) -> str:
         """`equivalent`, `better`, `worse`, `not shown` or `missing`, for the first arm.
@@ -56,23 +56,30 @@ def contrasts(outcome: Outcome) -> list[Contrast]:
             first=first,
             second=second,
             endpoint=name,
-            labels=labels,
-            primary=name in plan.primary,
-            difference=_difference(outcome, first, second, name, labels),
+            regime=regime,
+            primary=plan.is_primary((first, second), name, regime),
+            difference=_difference(outcome, first, second, name, regime),
         )
-        for name in sorted(ENDPOINTS, key=lambda name: name not in plan.primary)
-        for labels in regimes(plan, name)
+        for name in shown_endpoints(plan)
+        for regime in regimes(plan, name)
         for first, second in plan.contrasts
     ]
     adjusted = holm({one.name: one.difference.p for one in found if one.primary and one.difference is not None})
     return [replace(one, p_holm=adjusted.get(one.name)) for one in found]
 
 
-def regimes(plan: Plan, endpoint: str) -> Sequence[int | None]:
-    """Numbers of labelled patients for which an endpoint exists; (None,) for those of the encoder."""
+def shown_endpoints(plan: Plan) -> list[str]:
+    """Those that the plan has figures of, the primary ones first."""
+    primary = [entry.partition("@")[0] for entry in plan.primary]
+    names = [name for name in ENDPOINTS if plan.shift is not None or not name.startswith("shift_")]
+    return sorted(names, key=lambda name: name not in primary)
+
+
+def regimes(plan: Plan, endpoint: str) -> Sequence[Regime | None]:
+    """Those in which an endpoint exists; (None,) for those of the encoder."""
     if not ENDPOINTS[endpoint].of_labels:
         return (None,)
-    return sorted(plan.labels.patients) if plan.labels is not None else ()
+    return plan.labels.regimes() if plan.labels is not None else ()
 
 
 def sentences(outcome: Outcome, found: Sequence[Contrast]) -> list[str]:
@@ -130,16 +137,16 @@ def _needed(one: Contrast, found: Difference) -> str:
     )
 
 
-def _difference(outcome: Outcome, first: str, second: str, endpoint: str, labels: int | None) -> Difference | None:
-    one, other = (array_of(outcome, arm, endpoint, labels) for arm in (first, second))
+def _difference(outcome: Outcome, first: str, second: str, endpoint: str, regime: Regime | None) -> Difference | None:
+    one, other = (array_of(outcome, arm, endpoint, regime) for arm in (first, second))
     if one is None or other is None or one[0] != other[0] or len(one[0]) < LEAST_PATIENTS:
         return None
     return difference(one[1], other[1])
 
 
-def arm_figures(outcome: Outcome, arm: str, endpoint: str, labels: int | None) -> tuple[float, float, float] | None:
+def arm_figures(outcome: Outcome, arm: str, endpoint: str, regime: Regime | None) -> tuple[float, float, float] | None:
     """Mean, standard deviation over patients, and over seeds (NaN for one); None where runs are missing."""
-    found = array_of(outcome, arm, endpoint, labels)
+    found = array_of(outcome, arm, endpoint, regime)
     if found is None or not len(found[0]):
         return None
     of_patient, of_seed = found[1].mean(axis=(1, 2)), found[1].mean(axis=(0, 2))

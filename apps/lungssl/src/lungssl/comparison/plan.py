@@ -19,6 +19,8 @@ from lungssl.errors import ConfigError, did_you_mean
 from lungssl.recipe_files import recipe_text
 
 Equalised = Literal["steps", "flops"]
+Mode = Literal["full", "frozen"]
+"""All weights are trained, or the decoder's alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,34 @@ ENDPOINTS: dict[str, Endpoint] = {
     "dice": Endpoint(title="lobe Dice", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True),
     "nsd": Endpoint(title="lobe NSD at 2 mm", unit="", digits=3, higher_is_better=True, of_labels=True),
     "hd95_mm": Endpoint(title="lobe HD95", unit="mm", digits=1, higher_is_better=False, of_labels=True),
+    "airless_g": Endpoint(
+        title="error of non-aerated mass", unit="g", digits=1, higher_is_better=False, of_labels=True
+    ),
+    "recruited_g": Endpoint(
+        title="error of recruitment", unit="g", digits=1, higher_is_better=False, of_labels=True
+    ),
+    "retrieval": Endpoint(title="cross-phase retrieval, 1 / rank", unit="", digits=2, higher_is_better=True),
+    "shift_near_mm": Endpoint(title="landmark error near, shifted", unit="mm", digits=2, higher_is_better=False),
+    "shift_registration_mm": Endpoint(
+        title="TRE, matched features, shifted", unit="mm", digits=2, higher_is_better=False, margin=0.2
+    ),
+    "shift_dice": Endpoint(
+        title="lobe Dice, shifted", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True
+    ),
 }
-"""TRE's margin is also that of looking up. NSD and HD95 are secondary and have none."""
+"""TRE's margin is also that of looking up; the others are secondary and have none. `shift_`: of `Plan.shift`."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Regime:
+    """What is learned from labels, but for the draw."""
+
+    patients: int
+    """Labelled."""
+    mode: Mode = "full"
+
+    def __str__(self) -> str:
+        return f"{self.patients} labelled{'' if self.mode == 'full' else ', frozen'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +85,18 @@ class Arm:
     overrides: tuple[str, ...] = ()
     """`section.key=value`, after the plan's own."""
     pretrained: bool = True
-    """False: the encoder as it starts, the floor (A0)."""
+    """False: the encoder as it starts, the floor (A0), or as `weights` has it."""
+    weights: str | None = None
+    """Encoder file of another training, e.g. supervised or public, for a row beside those of this plan."""
+    displacement: Literal["cache", "estimated"] = "cache"
+    """Where dense methods have correspondences from: what the cache holds (exact, for phantoms), or an estimate from
+    the scans alone, made beforehand; its time is counted."""
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.pretrained:
+            raise ValueError(
+                f"weights {self.weights} of another training: set pretrained: false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +111,12 @@ class LabelPlan:
     """Regimes: labelled patients. Draws are nested in them (`lungssl_data.draws`)."""
     draws: int = 1
     """Draws of so many patients."""
+    modes: tuple[Mode, ...] = ("full",)
+    """Each regime in each of them."""
+
+    def regimes(self) -> list[Regime]:
+        """The fewest labels first."""
+        return [Regime(patients=n, mode=mode) for n in sorted(self.patients) for mode in self.modes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +134,10 @@ class Plan:
     contrasts: tuple[tuple[str, str], ...]
     """Pairs of arms, first less second."""
     primary: tuple[str, ...] = ("landmark_mm", "dice")
-    """Endpoints that the plain sentences are about, declared beforehand; their contrasts are one family of tests."""
+    """Endpoints that the plain sentences are about, declared beforehand; with `primary_contrasts` one family of tests.
+    `dice@5`: at 5 labelled patients with all weights trained; `dice`: in every regime."""
+    primary_contrasts: tuple[tuple[str, str], ...] | None = None
+    """Those of `contrasts` that the family is of; None: all."""
     equalise: Equalised = "steps"
     """What no two pretrained arms may differ in by more than 2 %: `steps` (and samples a step), or measured `flops`."""
     seeds: tuple[int, ...] = (0,)
@@ -98,16 +146,28 @@ class Plan:
     """None: only endpoints of the encoder itself."""
     phantoms: CohortConfig = field(default_factory=CohortConfig)
     """Where no --data is given."""
+    shift: CohortConfig | None = None
+    """Other phantoms, all of whose patients only judge: the shift test. --shift-data takes its place."""
 
     def __post_init__(self) -> None:
         for name in {arm for pair in self.contrasts for arm in pair}:
             if name not in self.arms:
                 raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, self.arms)}")
-        for name in self.primary:
+        for entry in self.primary:
+            name, _, labels = entry.partition("@")
             if name not in ENDPOINTS:
                 raise ValueError(f"primary names endpoint {name!r}{did_you_mean(name, ENDPOINTS)}")
+            if labels and (self.labels is None or labels not in map(str, self.labels.patients)):
+                raise ValueError(f"primary {entry!r} is of {labels} labelled patients, and labels.patients has no such")
+        if unknown := set(self.primary_contrasts or ()) - set(self.contrasts):
+            raise ValueError(f"primary_contrasts has {sorted(unknown)[0]}, which contrasts hasn't")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one, got {list(self.seeds)}")
+
+    def is_primary(self, contrast: tuple[str, str], endpoint: str, regime: Regime | None) -> bool:
+        """Whether this test is of the family declared beforehand."""
+        names = {endpoint} if regime is None else {endpoint, f"{endpoint}@{regime.patients}" * (regime.mode == "full")}
+        return bool(names & set(self.primary)) and contrast in (self.primary_contrasts or self.contrasts)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain YAML values; loading them gives the same plan."""
@@ -122,6 +182,8 @@ class Pretrain:
     seed: int
     recipe: Recipe
     pretrained: bool
+    weights: str | None = None
+    displacement: Literal["cache", "estimated"] = "cache"
     id: str
 
 
@@ -131,7 +193,7 @@ class Finetune:
 
     parent: Pretrain
     recipe: Recipe
-    patients: int
+    regime: Regime
     draw: int
     id: str
 
@@ -162,18 +224,30 @@ def arm_recipe(plan: Plan, arm: str, seed: int) -> Recipe:
     return recipe
 
 
-def pretrain_runs(plan: Plan, data: str) -> list[Pretrain]:
+def pretrain_runs(plan: Plan, data: str, shift: str | None = None) -> list[Pretrain]:
     """Every arm with every seed, seeds outermost, so that a plan that is stopped early has whole comparisons.
 
-    `data` is the cache's fingerprint.
+    `data` is the cache's fingerprint, `shift` that of the shift test's.
     """
     runs = []
     for seed in plan.seeds:
         for name, arm in plan.arms.items():
             recipe = arm_recipe(plan, name, seed)
             decides = [recipe.as_dict(), data] if arm.pretrained else [start_of(recipe), data, "untrained"]
+            if arm.weights is not None:
+                decides.append(weights_sha256(name, arm.weights))
+            if arm.displacement != "cache":
+                decides.append(arm.displacement)
             runs.append(
-                Pretrain(arm=name, seed=seed, recipe=recipe, pretrained=arm.pretrained, id=_id(name, seed, decides))
+                Pretrain(
+                    arm=name,
+                    seed=seed,
+                    recipe=recipe,
+                    pretrained=arm.pretrained,
+                    weights=arm.weights,
+                    displacement=arm.displacement,
+                    id=_id(name, seed, decides if shift is None else [*decides, shift]),
+                )
             )
     return runs
 
@@ -182,17 +256,26 @@ def finetune_runs(plan: Plan, parent: Pretrain) -> list[Finetune]:
     """What is learned from labels on one encoder: the fewest labels first."""
     if plan.labels is None:
         return []
-    recipe = load_recipe(plan.labels.recipe, [*plan.labels.overrides, f"seed={parent.seed}"])
-    if recipe.task is None:
-        raise ConfigError(f"labels.recipe: {plan.labels.recipe} is no fine-tuning recipe; take finetune/segment")
     runs = []
-    for patients in sorted(plan.labels.patients):
+    for regime in plan.labels.regimes():
+        more = [f"seed={parent.seed}"] + (["task.freeze_encoder=true"] if regime.mode == "frozen" else [])
+        recipe = load_recipe(plan.labels.recipe, [*plan.labels.overrides, *more])
+        if recipe.task is None:
+            raise ConfigError(f"labels.recipe: {plan.labels.recipe} is no fine-tuning recipe; take finetune/segment")
         for draw in range(plan.labels.draws):
-            decides = [parent.id, recipe.as_dict(), patients, draw]
-            about = f"{parent.arm}-{patients}labels-draw{draw}"
+            decides = [parent.id, recipe.as_dict(), regime.patients, draw]
+            about = f"{parent.arm}-{regime.mode}-{regime.patients}labels-draw{draw}"
             found = _id(about, parent.seed, decides)
-            runs.append(Finetune(parent=parent, recipe=recipe, patients=patients, draw=draw, id=found))
+            runs.append(Finetune(parent=parent, recipe=recipe, regime=regime, draw=draw, id=found))
     return runs
+
+
+def weights_sha256(arm: str, path: str) -> str:
+    """Of an arm's own encoder file; ConfigError where it isn't there."""
+    if not Path(path).is_file():
+        raise ConfigError(f"arms.{arm}.weights: no file {path}; give an encoder.safetensors of `lungssl export`")
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def start_of(recipe: Recipe) -> dict[str, Any]:

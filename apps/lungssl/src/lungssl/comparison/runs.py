@@ -10,30 +10,25 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from lungssl_backbones.representation import paired_retrieval, phase_auc, rankme
+from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder, save_encoder
 from lungssl_data.cache import PairCache
-from lungssl_tasks.model_folder import load_model
 
 from lungssl.comparison import cost
-from lungssl.comparison.landmarks import PairPoints, find, pair_features, points_of, position_only
-from lungssl.comparison.plan import Finetune, Plan, Pretrain, as_text, finetune_runs, pretrain_runs, shard_of
+from lungssl.comparison.estimates import estimated_cache
+from lungssl.comparison.judging import Judge
+from lungssl.comparison.plan import Finetune, Plan, Pretrain, Regime, as_text, finetune_runs, pretrain_runs, shard_of
 from lungssl.errors import ConfigError, TrainingError
-from lungssl.evaluation import evaluate_model, evaluation_patients, per_patient
-from lungssl.finetuning import LOBES, Labels, finetune_segment
-from lungssl.pretraining import build_pretraining, pretrain
+from lungssl.finetuning import Labels, finetune_segment
+from lungssl.pretraining import build_pretraining, check_spacing, pretrain
 from lungssl.training.progress import duration
 from lungssl.training.run_folder import environment, write_atomic
-
-Values = dict[str, dict[str, float]]
-"""Endpoint to patient to figure."""
 
 
 class StoppedError(TrainingError):
@@ -58,26 +53,32 @@ def carry_out(
     *,
     data: Path,
     out: Path,
+    shift: Path | None = None,
     shard: str | None = None,
     device: str = "auto",
     say: Callable[[str], None],
 ) -> Outcome:
     """Make what is missing of a plan, or of one shard of it; the rest is reused from `<out>/results`.
 
-    Raises ConfigError for an unfair plan, and for a folder that holds something else.
+    `shift`: the cache of the shift test, which the plan asks for.
+    Raises ConfigError for an unfair plan, for a folder that holds something else, and for a shift test that holds
+    patients of `data`.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
         raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
-    cache = PairCache(data)
+    cache, shifted = PairCache(data), _shift_cache(plan, data, shift)
     fingerprint = cache.fingerprint()
-    runs = pretrain_runs(plan, fingerprint)
-    costs = fair_costs(plan, runs, data, device=device)
+    runs = pretrain_runs(plan, fingerprint, None if shifted is None else shifted.fingerprint())
+    caches = {"cache": data}
+    if any(run.displacement == "estimated" for run in runs):
+        caches["estimated"] = estimated_cache(cache, out / "estimated", say=say)
+    costs = fair_costs(plan, runs, caches, device=device)
     for folder in (out / "runs", out / "results"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "plan.yaml", as_text(plan.as_dict()))
     write_atomic(out / "costs.json", json.dumps({arm: one.as_dict() for arm, one in costs.items()}, indent=1))
     write_atomic(out / "env.json", json.dumps(environment() | {"data": fingerprint}, indent=1))
-    worker = _Worker(data=data, cache=cache, out=out, device=device)
+    worker = _Worker(caches=caches, judge=Judge(cache, shifted), out=out, device=device)
     mine = [step for run in shard_of(runs, shard) for step in (run, *finetune_runs(plan, run))]
     todo = [step for step in mine if not worker.result(step.id).is_file()]
     say(f"{len(mine)} runs{f' in shard {shard}' if shard else ''}, {len(mine) - len(todo)} of them finished before")
@@ -97,7 +98,8 @@ def carry_out(
 def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
     """What a plan would make and what its arms cost, for a person. Raises as `carry_out`."""
     runs = pretrain_runs(plan, PairCache(data).fingerprint())
-    costs = fair_costs(plan, runs, data, device=device)
+    # An estimate changes no cost but its own, and a dry run makes none.
+    costs = fair_costs(plan, runs, {"cache": data, "estimated": data}, device=device)
     learned = [one for run in runs for one in finetune_runs(plan, run)]
     lines = [plan.title, f"{len(runs)} encoders, {len(learned)} models learned from labels on them"]
     for arm, one in costs.items():
@@ -108,20 +110,38 @@ def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
     return "\n".join([*lines, f"fair: no two arms differ in {plan.equalise} by more than {cost.TOLERANCE:.0%}"])
 
 
-def fair_costs(plan: Plan, runs: Sequence[Pretrain], data: Path, *, device: str = "auto") -> dict[str, cost.Cost]:
-    """Of each arm, measured with the first seed. Raises ConfigError for an unfair plan."""
-    costs = {run.arm: cost.measure(run, data, device=device) for run in runs if run.seed == plan.seeds[0]}
+def fair_costs(
+    plan: Plan, runs: Sequence[Pretrain], caches: Mapping[str, Path], *, device: str = "auto"
+) -> dict[str, cost.Cost]:
+    """Of each arm, measured with the first seed on its own of the `caches`. Raises ConfigError for an unfair plan."""
+    test = PairCache(caches["cache"]).split("test")
+    costs = {
+        run.arm: cost.measure(run, caches[run.displacement], test=test, device=device)
+        for run in runs
+        if run.seed == plan.seeds[0]
+    }
     cost.check_fair(costs, plan.equalise)
     return costs
+
+
+def _shift_cache(plan: Plan, data: Path, shift: Path | None) -> PairCache | None:
+    if (shift is None) != (plan.shift is None):
+        raise ConfigError("the plan's `shift` and --shift-data belong together: set plan key shift={} for such data")
+    if shift is None:
+        return None
+    found = PairCache(shift)
+    if common := set(found.patients) & set(PairCache(data).patients):
+        raise ConfigError(f"--shift-data {shift} has {len(common)} patients of --data, e.g. {min(common)}; take others")
+    return found
 
 
 class _Worker:
     """Makes single runs."""
 
-    def __init__(self, *, data: Path, cache: PairCache, out: Path, device: str) -> None:
-        self.data, self.cache, self.out, self.device = data, cache, out, device
+    def __init__(self, *, caches: Mapping[str, Path], judge: Judge, out: Path, device: str) -> None:
+        self.caches, self.judge, self.out, self.device = caches, judge, out, device
+        self.data = caches["cache"]
         self._commit = environment()["commit"]
-        self._points: dict[str, PairPoints] = {}
 
     def result(self, run_id: str) -> Path:
         return self.out / "results" / f"{run_id}.json"
@@ -135,7 +155,7 @@ class _Worker:
         parent = step if isinstance(step, Pretrain) else step.parent
         about: dict[str, Any] = {"id": step.id, "arm": parent.arm, "seed": parent.seed, "commit": self._commit}
         if isinstance(step, Finetune):
-            about |= {"labels": step.patients, "draw": step.draw}
+            about |= {"labels": step.regime.patients, "mode": step.regime.mode, "draw": step.draw}
         try:
             found = self._pretrain(step) if isinstance(step, Pretrain) else self._finetune(step)
             result = about | {"failed": None} | found
@@ -154,37 +174,26 @@ class _Worker:
         if run.pretrained:
             resume = self._can_go_on(folder)
             summary = _whole(
-                pretrain(run.recipe, data=self.data, out=folder, device=self.device, resume=resume), folder
+                pretrain(run.recipe, data=self.caches[run.displacement], out=folder, device=self.device, resume=resume),
+                folder,
             )
+        elif run.weights is not None:
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run.weights, weights)
         else:
             weights.parent.mkdir(parents=True, exist_ok=True)
             method = build_pretraining(run.recipe, self.data, device="cpu").method
             save_encoder(method.export_encoder(), weights, extra={"steps": "0"})  # pyright: ignore[reportCallIssue, reportArgumentType]
-        return {"alarms": summary["alarms"], "verdict": summary["verdict"]} | self._judge(run, weights)
-
-    def _judge(self, run: Pretrain, weights: Path) -> dict[str, Any]:
-        """Figures of the encoder alone, by patient, on the test patients that it can be told on."""
         encoder = load_encoder(weights)
-        names = ("landmark_mm", "near_mm", "registration_mm")
-        values: Values = {name: {} for name in (*names, "position_mm", "grid_mm")}
-        scans = []
-        for patient in self.cache.split("test"):
-            pair = self._points.setdefault(patient, points_of(self.cache, patient))
-            query, key = pair_features(encoder, pair, run.recipe.views.global_vox)
-            scans += [query.mean(dim=0), key.mean(dim=0)]
-            found = find(pair, query, key)
-            for name, value in zip(names, (found.mean_mm, found.near_mm, found.registered_mm), strict=True):
-                values[name][patient] = value
-            values["grid_mm"][patient], values["position_mm"][patient] = position_only(pair)
-        embeddings = torch.stack(scans)
-        retrieval = paired_retrieval(embeddings[0::2], embeddings[1::2])
-        patient = torch.arange(len(scans)) // 2
-        scalars = {
-            "phase_auc": phase_auc(embeddings, torch.arange(len(scans)) % 2 == 1, patient),
-            "retrieval_top1": retrieval.top1,
-            "rankme": rankme(embeddings),
+        assert isinstance(encoder, Encoder)
+        check_spacing(f"arm {run.arm}", encoder.spacing_mm, self.judge.cache)
+        judged = self.judge.encoder(encoder, run.recipe.views.global_vox)
+        return {
+            "alarms": summary["alarms"],
+            "verdict": summary["verdict"],
+            "values": judged.values,
+            "scalars": judged.scalars,
         }
-        return {"values": values, "scalars": scalars}
 
     def _finetune(self, run: Finetune) -> dict[str, Any]:
         folder = self.folder(run.id)
@@ -197,26 +206,15 @@ class _Worker:
                 data=self.data,
                 out=folder,
                 encoder=weights,
-                labels=Labels(patients=run.patients, draw=run.draw),
+                labels=Labels(patients=run.regime.patients, draw=run.draw),
                 device=self.device,
                 resume=self._can_go_on(folder),
                 judged=(),
             ),
             folder,
         )
-        model, card = load_model(folder / "export" / "model")
-        scores = evaluate_model(
-            model,
-            self.cache,
-            evaluation_patients(self.cache, "test"),
-            names=card.labels,
-            roi_vox=card.roi_vox,
-            overlap=0.25,
-            device=self.device if self.device != "auto" else "cpu",
-        )
-        assert dict(card.labels) == LOBES
-        values = {metric: per_patient(scores, metric) for metric in ("dice", "nsd", "hd95_mm")}
-        return {"values": values, "scalars": {}, "labelled": summary["labelled_patients"]}
+        judged = self.judge.model(folder / "export" / "model", self.device if self.device != "auto" else "cpu")
+        return {"values": judged.values, "scalars": {}, "labelled": summary["labelled_patients"]}
 
     @staticmethod
     def _can_go_on(folder: Path) -> bool:
@@ -234,15 +232,15 @@ def _whole(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def array_of(
-    outcome: Outcome, arm: str, endpoint: str, labels: int | None = None
+    outcome: Outcome, arm: str, endpoint: str, regime: Regime | None = None
 ) -> tuple[list[str], np.ndarray] | None:
     """Patients, and figures [patients, seeds, draws] of an arm; None where a run of them failed or is missing."""
     rows = [
         row
         for row in outcome.results.values()
-        if row["arm"] == arm and row.get("labels") == labels and endpoint in row["values"]
+        if row["arm"] == arm and _regime_of(row) == regime and endpoint in row["values"]
     ]
-    draws = 1 if labels is None or outcome.plan.labels is None else outcome.plan.labels.draws
+    draws = 1 if regime is None or outcome.plan.labels is None else outcome.plan.labels.draws
     by_place = {(row["seed"], row.get("draw", 0)): row["values"][endpoint] for row in rows}
     places = [(seed, draw) for seed in outcome.plan.seeds for draw in range(draws)]
     if any(place not in by_place for place in places):
@@ -253,3 +251,7 @@ def array_of(
         for patient in patients
     ]
     return patients, np.array(values)
+
+
+def _regime_of(row: Mapping[str, Any]) -> Regime | None:
+    return Regime(patients=row["labels"], mode=row["mode"]) if "labels" in row else None

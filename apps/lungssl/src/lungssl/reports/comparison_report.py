@@ -9,11 +9,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from numpy import ndarray
 
-from lungssl.comparison.findings import Contrast, arm_figures, contrasts, power_note, regimes, sentences
-from lungssl.comparison.plan import ENDPOINTS, as_text
+from lungssl.comparison.findings import (
+    Contrast,
+    arm_figures,
+    contrasts,
+    power_note,
+    regimes,
+    sentences,
+    shown_endpoints,
+)
+from lungssl.comparison.plan import ENDPOINTS, Regime, as_text
 from lungssl.comparison.runs import Outcome, array_of
 from lungssl.reports.figures import png
 
@@ -62,11 +73,12 @@ def arm_rows(outcome: Outcome) -> list[dict[str, str]]:
     rows = []
     for name, arm in outcome.plan.arms.items():
         row = {"arm": name, "isolates": arm.isolates}
-        for endpoint, about in ENDPOINTS.items():
-            for labels in regimes(outcome.plan, endpoint):
-                found = arm_figures(outcome, name, endpoint, labels)
+        for endpoint in shown_endpoints(outcome.plan):
+            about = ENDPOINTS[endpoint]
+            for regime in regimes(outcome.plan, endpoint):
+                found = arm_figures(outcome, name, endpoint, regime)
                 head = f"{about.title}{f', {about.unit}' if about.unit else ''}"
-                row[head + (f", {labels} labelled" if labels is not None else "")] = (
+                row[head + (f", {regime}" if regime is not None else "")] = (
                     "–" if found is None else _spread(found, about.digits)
                 )
         rows.append(row)
@@ -89,6 +101,7 @@ def cost_rows(outcome: Outcome) -> list[dict[str, str]]:
                 "tokens": f"{cost.tokens / 1e3:,.0f} k",
                 "TFLOP": f"{cost.flops / 1e12:,.2f}",
                 "displacement": cost.displacement or "not used",
+                "registration, min": f"{cost.registration_s / 60:.1f}",
                 "runs": str(len(runs)),
                 "minutes, all runs": f"{sum(row['seconds'] for row in runs) / 60:.1f}",
             }
@@ -168,26 +181,38 @@ def forest_figure(found: Sequence[Contrast]) -> Figure:
 
 
 def label_figure(outcome: Outcome) -> Figure:
-    """Dice over labelled patients for each arm, with standard errors over patients."""
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name in outcome.plan.arms:
-        points = []
-        for labels in regimes(outcome.plan, "dice"):
-            found = array_of(outcome, name, "dice", labels)
-            if found is not None and len(found[0]) > 1:
-                of_patient = found[1].mean(axis=(1, 2))
-                points.append((labels, of_patient.mean(), of_patient.std(ddof=1) / math.sqrt(len(of_patient))))
-        if points:
-            x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=4, capsize=2, linewidth=1.4)
-    axes.set_xlabel("labelled patients", fontsize=9)
-    axes.set_ylabel("lobe Dice, test patients", fontsize=9)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(regimes(outcome.plan, "dice")), [str(n) for n in regimes(outcome.plan, "dice")])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    """Dice over labelled patients for each arm, with standard errors over patients; one panel a mode."""
+    labels = outcome.plan.labels
+    assert labels is not None
+    figure = Figure(figsize=(4.6 * len(labels.modes), 3.2), layout="constrained")
+    counts = sorted(labels.patients)
+    for axes, mode in zip(figure.subplots(1, len(labels.modes), squeeze=False)[0], labels.modes, strict=True):
+        for place, name in enumerate(outcome.plan.arms):
+            points = []
+            for n in counts:
+                found = array_of(outcome, name, "dice", Regime(patients=n, mode=mode))
+                if found is not None and len(found[0]) > 1:
+                    of_patient = found[1].mean(axis=(1, 2))
+                    points.append((n, of_patient.mean(), of_patient.std(ddof=1) / math.sqrt(len(of_patient))))
+            if points:
+                x, y, error = (np.array(column) for column in zip(*points, strict=True))
+                area = f" ({area_under(x, y):.3f})" if len(x) > 1 else ""
+                apart = x * 2 ** (0.04 * (place - len(outcome.plan.arms) / 2))  # so that error bars don't hide others
+                axes.errorbar(apart, y, yerr=error, label=name + area, marker="o", markersize=4, capsize=2)
+        axes.set_title("all weights trained" if mode == "full" else "encoder frozen", fontsize=9)
+        axes.set_xlabel("labelled patients", fontsize=9)
+        axes.set_ylabel("lobe Dice, test patients", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False, title="area under the curve" if len(counts) > 1 else None)
     return figure
+
+
+def area_under(labels: Float[ndarray, " n"], dice: Float[ndarray, " n"]) -> float:
+    """Mean height of a label-efficiency curve over the logarithm of the number of labelled patients."""
+    x = np.log2(labels)
+    return float(np.trapezoid(dice, x) / (x[-1] - x[0]))
 
 
 def _spread(found: tuple[float, float, float], digits: int) -> str:
@@ -204,6 +229,7 @@ def _write_patients(outcome: Outcome) -> None:
             "arm": row["arm"],
             "seed": row["seed"],
             "labels": row.get("labels", ""),
+            "mode": row.get("mode", ""),
             "draw": row.get("draw", ""),
             "endpoint": endpoint,
             "patient": patient,
@@ -213,7 +239,7 @@ def _write_patients(outcome: Outcome) -> None:
         for endpoint, values in row["values"].items()
         for patient, value in values.items()
     ]
-    names = ["run", "arm", "seed", "labels", "draw", "endpoint", "patient", "value"]
+    names = ["run", "arm", "seed", "labels", "mode", "draw", "endpoint", "patient", "value"]
     with open(outcome.folder / "patients.csv", "w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=names)
         writer.writeheader()
