@@ -10,18 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from lungssl.cli import main
 from lungssl.cohort import CohortConfig, make_cohort
 from lungssl.comparison.cost import Cost, check_fair
 from lungssl.comparison.findings import contrasts, power_note, sentences
-from lungssl.comparison.plan import ENDPOINTS, Plan, finetune_runs, load_plan, pretrain_runs, shard_of
+from lungssl.comparison.plan import ENDPOINTS, Plan, Regime, finetune_runs, load_plan, pretrain_runs, shard_of
 from lungssl.comparison.runs import Outcome, array_of, carry_out
 from lungssl.errors import ConfigError
 from lungssl.recipe_files import list_recipes
-from lungssl.reports.comparison_report import write_report
+from lungssl.reports.comparison_report import area_under, write_report
+from lungssl_data.cache import PairCache
+from safetensors.torch import load_file
 
+FIT = ("frozen", "full")
 SMALL: dict[str, Any] = {
     "title": "Does it pay?",
     "recipe": "demo/pretrain",
@@ -89,6 +93,14 @@ def test_a_plans_mistakes_are_named(tmp_path: Path) -> None:
         load_plan(plan, ["primary=[dyce]"])
     with pytest.raises(ConfigError, match=r"arms\.A4: .*unknown key"):
         pretrain_runs(load_plan(plan, ["arms.A4.overrides=[train.stebs=3]"]), "data")
+    with pytest.raises(ConfigError, match=r"primary 'dice@7' is of 7 labelled patients"):
+        load_plan(plan, ["primary=[dice@7]", "labels.patients=[5]"])
+    with pytest.raises(ConfigError, match=r"primary_contrasts has \('A0', 'A1'\), which contrasts hasn't"):
+        load_plan(plan, ["primary_contrasts=[[A0, A1]]"])
+    with pytest.raises(ConfigError, match=r"arms\.A0\.weights: no file none\.safetensors"):
+        pretrain_runs(load_plan(plan, ["arms.A0.weights=none.safetensors"]), "data")
+    with pytest.raises(ConfigError, match=r"weights x of another training: set pretrained: false"):
+        load_plan(plan, ["arms.A1.weights=x"])
     with pytest.raises(ConfigError, match="no such plan file"):
         load_plan(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match=r"--shard 3/2: expected i/n"):
@@ -126,6 +138,62 @@ def test_an_unfair_plan_is_refused_with_the_figure(data: Path, tmp_path: Path) -
         carry_out(larger, data=data, out=tmp_path / "out", say=quiet)
 
 
+def test_primary_is_what_was_declared_beforehand() -> None:
+    plan = load_plan("phases")
+    five = Regime(patients=5)
+    assert plan.is_primary(("A5", "A1"), "dice", five) and plan.is_primary(("A5", "A1"), "registration_mm", None)
+    assert not plan.is_primary(("A5", "A1"), "dice", Regime(patients=5, mode="frozen"))
+    assert not plan.is_primary(("A5", "A4"), "dice", five) and not plan.is_primary(("A5", "A1"), "nsd", five)
+
+
+def test_frozen_probes_a_shift_test_estimates_and_foreign_weights(whole: Outcome, data: Path, tmp_path: Path) -> None:
+    """One small comparison with all that a plan can ask for beside A0, A1 and A4."""
+    shift = tmp_path / "shift"
+    for _ in make_cohort(CohortConfig(patients=2, spacing_mm=8.0, seed=900, motion="ffd"), shift):
+        pass
+    encoder = next(whole.folder.glob("runs/A4-*/export/encoder.safetensors"))
+    dense = ["method={name: phase_dino, prototypes: 32, head_hidden: 16, head_bottleneck: 8, mass_weight: 0}"]
+    dense += ["data.patients=2", "train.steps=1"]
+    plan = load_plan(
+        str(
+            write_plan(
+                tmp_path / "p.yaml",
+                arms={
+                    "A5": {"isolates": "geometry", "displacement": "estimated", "overrides": dense},
+                    "S": {"isolates": "another training", "pretrained": False, "weights": str(encoder)},
+                },
+                contrasts=[["A5", "S"]],
+                primary=["dice@1"],
+                labels={"recipe": "demo/segment", "patients": [1], "modes": ["frozen", "full"]}
+                | {"overrides": ["train.steps=2", "train.eval_batches=0", "views.global_vox=32"]},
+                shift={},
+            )
+        )
+    )
+    with pytest.raises(ConfigError, match="`shift` and --shift-data belong together"):
+        carry_out(plan, data=data, out=tmp_path / "none", say=quiet)
+    with pytest.raises(ConfigError, match=r"has 20 patients of --data, e\.g\. phantom000; take others"):
+        carry_out(plan, data=data, shift=data, out=tmp_path / "none", say=quiet)
+    outcome = carry_out(plan, data=data, shift=shift, out=tmp_path / "out", say=quiet)
+    assert not outcome.missing and all(row["failed"] is None for row in outcome.results.values())
+    assert outcome.costs["A5"].registration_s > 0 and "MIND-SSC" in outcome.costs["A5"].displacement
+    estimated = {path.stem for path in (tmp_path / "out/estimated").glob("*.h5")}
+    assert len(estimated) == 15 and not estimated & set(PairCache(data).split("test"))
+    same, there = array_of(outcome, "S", "landmark_mm"), array_of(whole, "A4", "landmark_mm")
+    assert same is not None and there is not None and (same[1] == there[1]).all()
+    for mode in ("frozen", "full"):
+        regime = Regime(patients=1, mode=mode)
+        for endpoint, patients in (("dice", 5), ("airless_g", 5), ("recruited_g", 5), ("shift_dice", 2)):
+            found = array_of(outcome, "A5", endpoint, regime)
+            assert found is not None and found[1].shape == (patients, 1, 1) and (found[1] >= 0).all()
+    frozen, full = (load_file(next((tmp_path / "out/runs").glob(f"A5-{m}-*/export/model/*.safetensors"))) for m in FIT)
+    weights = load_file(next((tmp_path / "out/runs").glob("A5-seed0-*/export/encoder.safetensors")))
+    key = "stem.weight"
+    assert (frozen[f"encoder.{key}"] == weights[key]).all() and (full[f"encoder.{key}"] != weights[key]).any()
+    html = write_report(outcome).read_text()
+    assert "1 labelled, frozen" in html and "TRE, matched features, shifted" in html and "registration, min" in html
+
+
 def test_what_is_fair_is_within_two_percent() -> None:
     def cost(flops: int, samples: int = 10, steps: int = 5) -> Cost:
         return Cost(steps=steps, samples=samples, patients=1, scans=1, voxels=1, tokens=1, flops=flops, displacement="")
@@ -152,7 +220,7 @@ def test_a_comparison_reports_every_arm_by_patient(whole: Outcome) -> None:
         assert "A4 against A1, landmark error" in text and "no answer" not in text and "A4" in text
     assert html.count("data:image/png") == 1 and "http" not in html.replace("http-equiv", "")
     lines = (whole.folder / "patients.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 5 * 5  # arms, figures, patients
+    assert len(lines) == 1 + 3 * 7 * 5  # arms, figures, patients
     assert not any(line.startswith("/") for line in markdown.splitlines())
 
 
@@ -234,6 +302,10 @@ def test_a_dry_run_says_what_it_would_cost(data: Path, tmp_path: Path, capsys: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
 
 
+def test_the_area_under_a_label_curve_is_its_mean_height() -> None:
+    assert area_under(np.array([1.0, 2.0, 8.0]), np.array([0.2, 0.4, 0.8])) == pytest.approx((0.3 + 2 * 0.6) / 3)
+
+
 def planted(tmp_path: Path, effect: dict[str, float]) -> Outcome:
     """Two seeds, twelve patients with errors about 6 mm."""
     plan = Plan(
@@ -283,9 +355,11 @@ def test_every_primary_contrast_is_adjusted_for_the_others(tmp_path: Path) -> No
     outcome = planted(tmp_path, {"A4": -1.0})
     (one,) = [c for c in contrasts(outcome) if c.primary]
     assert one.difference is not None and one.p_holm == one.difference.p
-    assert {c.endpoint for c in contrasts(outcome)} == {n for n, e in ENDPOINTS.items() if not e.of_labels}
+    assert {c.endpoint for c in contrasts(outcome)} == {
+        n for n, e in ENDPOINTS.items() if not e.of_labels and not n.startswith("shift_")
+    }
     text = json.dumps([c.verdict() for c in contrasts(outcome)])
-    assert text.count("missing") == 2  # the other figures weren't planted
+    assert text.count("missing") == 3  # the other figures weren't planted
 
 
 def test_an_experiment_that_can_show_nothing_says_so(tmp_path: Path) -> None:

@@ -47,9 +47,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     "airless_g": Endpoint(
         title="error of non-aerated mass", unit="g", digits=1, higher_is_better=False, of_labels=True
     ),
-    "recruited_g": Endpoint(
-        title="error of recruitment", unit="g", digits=1, higher_is_better=False, of_labels=True
-    ),
+    "recruited_g": Endpoint(title="error of recruitment", unit="g", digits=1, higher_is_better=False, of_labels=True),
     "retrieval": Endpoint(title="cross-phase retrieval, 1 / rank", unit="", digits=2, higher_is_better=True),
     "shift_near_mm": Endpoint(title="landmark error near, shifted", unit="mm", digits=2, higher_is_better=False),
     "shift_registration_mm": Endpoint(
@@ -94,9 +92,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.pretrained:
-            raise ValueError(
-                f"weights {self.weights} of another training: set pretrained: false"
-            )
+            raise ValueError(f"weights {self.weights} of another training: set pretrained: false")
 
 
 @dataclass(frozen=True, kw_only=True)
