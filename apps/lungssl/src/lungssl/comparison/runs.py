@@ -102,10 +102,11 @@ def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
     costs = fair_costs(plan, runs, {"cache": data, "estimated": data}, device=device)
     learned = [one for run in runs for one in finetune_runs(plan, run)]
     lines = [plan.title, f"{len(runs)} encoders, {len(learned)} models learned from labels on them"]
+    width = max(8, *(len(arm) for arm in costs))
     for arm, one in costs.items():
         lines.append(
-            f"{arm:<8} {plan.arms[arm].isolates}: {one.patients} patients, {one.scans} scans, {one.steps:,} steps, "
-            f"{one.samples:,} samples, {one.flops / 1e12:.2f} TFLOP"
+            f"{arm:<{width}} {plan.arms[arm].isolates}: {one.patients} patients, {one.scans} scans, "
+            f"{one.steps:,} steps, {one.samples:,} samples, {one.flops / 1e12:.2f} TFLOP"
         )
     return "\n".join([*lines, f"fair: no two arms differ in {plan.equalise} by more than {cost.TOLERANCE:.0%}"])
 
