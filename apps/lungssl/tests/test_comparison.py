@@ -174,6 +174,10 @@ def test_frozen_probes_a_shift_test_estimates_and_foreign_weights(whole: Outcome
         carry_out(plan, data=data, out=tmp_path / "none", say=quiet)
     with pytest.raises(ConfigError, match=r"has 20 patients of --data, e\.g\. phantom000; take others"):
         carry_out(plan, data=data, shift=data, out=tmp_path / "none", say=quiet)
+    for _ in make_cohort(CohortConfig(patients=1, spacing_mm=7.0, seed=950), tmp_path / "coarse"):
+        pass
+    with pytest.raises(ConfigError, match=r"is for voxels of 8 mm, .*coarse has 7 mm"):
+        carry_out(plan, data=data, shift=tmp_path / "coarse", out=tmp_path / "none", say=quiet)
     outcome = carry_out(plan, data=data, shift=shift, out=tmp_path / "out", say=quiet)
     assert not outcome.missing and all(row["failed"] is None for row in outcome.results.values())
     assert outcome.costs["A5"].registration_s > 0 and "MIND-SSC" in outcome.costs["A5"].displacement

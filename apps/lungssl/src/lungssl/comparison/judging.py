@@ -68,7 +68,9 @@ class Judge:
         scans = []
         for patient in patients:
             key = f"{cache.folder}/{patient}"
-            pair = self._points.setdefault(key, self._points.get(key) or points_of(cache, patient))
+            if key not in self._points:
+                self._points[key] = points_of(cache, patient)
+            pair = self._points[key]
             query, candidates = pair_features(encoder, pair, side_vox)
             scans += [query.mean(dim=0), candidates.mean(dim=0)]
             found = find(pair, query, candidates)

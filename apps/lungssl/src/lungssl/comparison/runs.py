@@ -26,7 +26,7 @@ from lungssl.comparison.judging import Judge
 from lungssl.comparison.plan import Finetune, Plan, Pretrain, Regime, as_text, finetune_runs, pretrain_runs, shard_of
 from lungssl.errors import ConfigError, TrainingError
 from lungssl.finetuning import Labels, finetune_segment
-from lungssl.pretraining import build_pretraining, check_spacing, pretrain
+from lungssl.pretraining import build_pretraining, cache_spacing_mm, check_spacing, pretrain
 from lungssl.training.progress import duration
 from lungssl.training.run_folder import environment, write_atomic
 
@@ -62,7 +62,7 @@ def carry_out(
 
     `shift`: the cache of the shift test, which the plan asks for.
     Raises ConfigError for an unfair plan, for a folder that holds something else, and for a shift test that holds
-    patients of `data`.
+    patients of `data` or has voxels of another size.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
         raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
@@ -131,6 +131,7 @@ def _shift_cache(plan: Plan, data: Path, shift: Path | None) -> PairCache | None
     if shift is None:
         return None
     found = PairCache(shift)
+    check_spacing(f"the plan's data {data}", cache_spacing_mm(PairCache(data)), found)
     if common := set(found.patients) & set(PairCache(data).patients):
         raise ConfigError(f"--shift-data {shift} has {len(common)} patients of --data, e.g. {min(common)}; take others")
     return found
