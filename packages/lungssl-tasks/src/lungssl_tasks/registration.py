@@ -59,7 +59,9 @@ def estimate_displacement(pair: PhasePair, config: EstimateConfig | None = None)
     affine = torch.from_numpy(np.asarray(pair.exhale_to_inhale)).double()
     places = _voxel_mm(exhale)
     fixed, fixed_lung = (torch.from_numpy(a.astype(np.float32))[None, None] for a in (exhale.ct_hu, exhale.lung > 0))
-    moving, moving_lung = (_sampled(inhale, values, _moved(places, affine)) for values in (inhale.ct_hu, inhale.lung))
+    moving, moving_lung = (
+        _sampled(inhale, values, _moved(places, affine)) for values in (inhale.ct_hu, inhale.lung > 0)
+    )
     moving_lung = (moving_lung > 0.5).float()
     features = [_features(*scan) for scan in ((fixed, fixed_lung), (moving, moving_lung))]
     u_vox = _search(*features, spacing_mm=spacing_mm, config=config)
