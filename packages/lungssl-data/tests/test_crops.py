@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.crop_stream import CropStream
 from lungssl_data.crops import CropConfig, PairCrops
 from lungssl_data.hot import HotScans
-from lungssl_data.pair import CacheError, PhasePair
+from lungssl_data.pair import CacheError, Displacement, PhasePair
 from torch.utils.data import DataLoader
 
 MakePair = Callable[..., PhasePair]
@@ -225,6 +227,41 @@ def test_a_strangers_inhale_fills_slot_1_at_the_corresponding_place(tmp_path: Pa
     assert all(patient not in names for patient, names in met.items())
     again = PairCrops(PairCache(tmp_path), config)
     torch.testing.assert_close(again.batch(3, 4).ct_hu, crops.batch(3, 4).ct_hu)
+
+
+def test_a_scan_beside_itself_shows_both_phases_and_compares_none(tmp_path: Path, make_pair: MakePair) -> None:
+    for name in "ab":
+        write_pair(make_pair(name), tmp_path)
+    config = CropConfig(crop_vox=(12, 14, 16), jitter_mm=4.0, partner="itself", correspondences=True)
+    crops = PairCrops(PairCache(tmp_path), config)
+    phases = []
+    for i in range(24):
+        sample = crops[i]
+        assert sample.partner_mm is not None
+        phases.append(tuple(sample.slot_phase[0].tolist()))
+        torch.testing.assert_close(sample.partner_mm[0, :, 0, 0, 0], sample.voxel_to_mm[0, 0, :, 3])
+        torch.testing.assert_close(sample.exhale_to_inhale[0], torch.eye(3, 4))
+    assert set(phases) == {(0, 0), (1, 1)} and 6 < phases.count((0, 0)) < 18
+    torch.testing.assert_close(crops.batch(2, 3).ct_hu[1], crops[7].ct_hu[0])
+
+
+@pytest.mark.parametrize("partner", ["own", "stranger"])
+def test_places_matched_by_the_affine_alone(
+    tmp_path: Path, make_pair: MakePair, partner: Literal["own", "stranger"]
+) -> None:
+    u = Displacement(
+        u_mm=np.full((3, 12, 14, 16), 40, np.float32),
+        spacing_mm=(8.0, 8.0, 8.0),
+        origin_mm=(-50.0, 0.0, 0.0),
+        provenance="elsewhere",
+    )
+    for name in "ab":
+        write_pair(replace(make_pair(name), displacement=u), tmp_path)
+    config = CropConfig(crop_vox=(12, 14, 16), partner=partner, correspondences=True, matched_by="affine")
+    sample = PairCrops(PairCache(tmp_path), config)[0]
+    assert sample.partner_mm is not None
+    corner = torch.cat([sample.voxel_to_mm[0, 0, :, 3], torch.ones(1)])
+    torch.testing.assert_close(sample.partner_mm[0, :, 0, 0, 0], sample.exhale_to_inhale[0] @ corner)
 
 
 def test_one_pair_has_no_stranger(cache: PairCache) -> None:

@@ -45,12 +45,17 @@ class CropConfig:
     """Memory of one process for whole decoded scans, read once and then cut from; see `hot.py`."""
     patients: int | None = None
     """Only so many patients of the split, by `draws.draw_patients`, for comparisons at equal scans. None: all."""
-    partner: Literal["own", "stranger"] = "own"
-    """Whose inhale fills slot 1 of a patient with both phases. `stranger`: always the same other patient's, at the
-    corresponding place of the lungs: the negative control for pairing (`domain.md` F, A6). Nothing corresponds then."""
+    partner: Literal["own", "stranger", "itself"] = "own"
+    """What fills slot 1 of a patient with both phases: the own inhale; `stranger`: always the same other patient's, at
+    the corresponding place of the lungs, the negative control for pairing (`domain.md` F, A6), where no displacement is
+    known; `itself`: the scan of slot 0, exhale or inhale drawn for each sample, so that both are seen and never
+    compared (A3)."""
+    matched_by: Literal["displacement", "affine"] = "displacement"
+    """How places of two phases are matched: by the cache's displacement where one is known, or by the coarse affine
+    alone, as of pairs that nobody registered. It maps lungs to lungs, a stranger's too."""
     correspondences: bool = False
-    """Whether batches say where slot 0's points are in slot 1's scan: by the cache's displacement, which may be exact
-    (phantom), given or estimated; by the identity for two crops of one scan. Methods that need it say so."""
+    """Whether batches say where slot 0's points are in slot 1's scan: as `matched_by` says; a displacement may be
+    exact (phantom), given or estimated. By the identity for two crops of one scan. Methods that need it say so."""
 
 
 class PairCrops:
@@ -95,10 +100,10 @@ class PairCrops:
         self._places = {patient: place for place, patient in enumerate(cache.patients)}
         self._fields: dict[str, CoarseField | None] = {}
         self._affines: dict[str, Float[ndarray, "3 4"]] = {}
-        self._usable: dict[str, Float[ndarray, "n 3"]] = {}
+        self._usable: dict[tuple[str, tuple[Phase, Phase]], Float[ndarray, "n 3"]] = {}
         for patient, phases in self.slots.items():
-            if phases[0] != phases[1]:
-                self._centres(patient)  # a pair that can't be matched must stop a run before its first step
+            if phases[0] != phases[1] and config.partner != "itself":
+                self._centres(patient, phases)  # a pair that can't be matched must stop a run before its first step
 
     def __len__(self) -> int:
         """Samples of one pass: `crops_per_patient` of each patient (on average, with weights)."""
@@ -118,25 +123,29 @@ class PairCrops:
         order = order_rng.permutation(count) if self._shares is None else order_rng.choice(count, count, p=self._shares)
         patient = self.patients[order[place]]
         phases = self.slots[patient]
+        if self.config.partner == "itself":
+            phases = (phases[np.random.default_rng([self.seed, 3, sample]).integers(2)],) * 2
         rng = np.random.default_rng([self.seed, 1, sample])
-        centres = self._centres(patient)
+        centres = self._centres(patient, phases)
         centre = centres[rng.integers(len(centres))][None]
         direction = rng.uniform(-1, 1, (1, 3))
         # Less jitter where the volume's border spoils the overlap; without any, every one of `_centres` has enough.
         for share in _JITTER_SHARES:
-            first, second, overlap = self._pair_of_starts(patient, centre, share * self.config.jitter_mm * direction)
+            first, second, overlap = self._pair_of_starts(
+                patient, phases, centre, share * self.config.jitter_mm * direction
+            )
             if overlap[0] >= self.config.min_overlap:
                 break
         return _Place(patient, phases, (_triple(first[0]), _triple(second[0])))
 
-    def _centres(self, patient: str) -> Float[ndarray, "n 3"]:
+    def _centres(self, patient: str, phases: tuple[Phase, Phase]) -> Float[ndarray, "n 3"]:
         """Lung voxels (z, y, x) of the first slot around which both slots' blocks share enough.
 
         Raises CacheError where there is none: the scans' fields of view, or the map between them, don't match.
         """
-        if patient not in self._usable:
-            points = self.cache.lung_points_vox(patient, self.slots[patient][0]).astype(float)
-            _, _, overlap = self._pair_of_starts(patient, points, np.zeros((1, 3)))
+        if (patient, phases) not in self._usable:
+            points = self.cache.lung_points_vox(patient, phases[0]).astype(float)
+            _, _, overlap = self._pair_of_starts(patient, phases, points, np.zeros((1, 3)))
             if not (overlap >= self.config.min_overlap).any():
                 best = overlap.max() if len(overlap) else 0.0
                 raise CacheError(
@@ -144,11 +153,15 @@ class PairCrops:
                     f"{best:.0%}, data.min_overlap is {self.config.min_overlap:.0%}; take the patient out of the "
                     f"cache, lower data.min_overlap or take larger crops"
                 )
-            self._usable[patient] = points[overlap >= self.config.min_overlap]
-        return self._usable[patient]
+            self._usable[patient, phases] = points[overlap >= self.config.min_overlap]
+        return self._usable[patient, phases]
 
     def _pair_of_starts(
-        self, patient: str, centres_vox: Float[ndarray, "n 3"], jitter_mm: Float[ndarray, "1 3"]
+        self,
+        patient: str,
+        phases: tuple[Phase, Phase],
+        centres_vox: Float[ndarray, "n 3"],
+        jitter_mm: Float[ndarray, "1 3"],
     ) -> tuple[Int[ndarray, "n 3"], Int[ndarray, "n 3"], Float[ndarray, " n"]]:
         """First (z, y, x) index of both slots' blocks around voxels of the first slot's scan, and their overlap.
 
@@ -156,7 +169,6 @@ class PairCrops:
         overlap is the common share of the block and the one that the map points at, along axes where the volume is
         larger than the block (elsewhere the block holds all there is).
         """
-        phases = self.slots[patient]
         size = np.asarray(self.config.crop_vox, float)
         partner = self._partners.get(patient, patient)
         here, there = self.cache.phase_record(patient, phases[0]), self.cache.phase_record(partner, phases[1])
@@ -177,13 +189,16 @@ class PairCrops:
 
     def _to_inhale(self, patient: str, exhale_mm: Float[ndarray, "n 3"]) -> Float[ndarray, "n 3"]:
         """Exhale points in slot 1's scan: by the cache's field where it is defined, else by the coarse affine."""
-        affine = self._affine(patient)
-        mapped = exhale_mm @ affine[:, :3].T + affine[:, 3]
+        mapped = self._by_affine(patient, exhale_mm)
         field = self._field(patient)
         if field is not None:
             by_field = field.inhale_mm(exhale_mm)
             mapped = np.where(np.isfinite(by_field).all(axis=1, keepdims=True), by_field, mapped)
         return mapped
+
+    def _by_affine(self, patient: str, exhale_mm: Float[ndarray, "n 3"]) -> Float[ndarray, "n 3"]:
+        affine = self._affine(patient)
+        return exhale_mm @ affine[:, :3].T + affine[:, 3]
 
     def _affine(self, patient: str) -> Float[ndarray, "3 4"]:
         """Exhale mm to mm of slot 1's scan: the cache's, or by centre and spread of the lungs to a stranger's."""
@@ -202,7 +217,7 @@ class PairCrops:
         return self._affines[patient]
 
     def _field(self, patient: str) -> CoarseField | None:
-        if patient in self._partners:
+        if patient in self._partners or self.config.matched_by == "affine":
             return None
         if patient not in self._fields:
             field = self.cache.displacement(patient)
@@ -210,7 +225,7 @@ class PairCrops:
         return self._fields[patient]
 
     def _partner_mm(self, places: "list[_Place]") -> Float32[ndarray, "b 3 z y x"]:
-        """Slot 0's points in slot 1's scan on nodes at most LATTICE_MM apart; NaN where no displacement is known."""
+        """Slot 0's points in slot 1's scan on nodes at most LATTICE_MM apart; NaN where no place is known."""
         finest = min(min(self.cache.phase_record(place.patient, place.phases[0]).spacing_mm) for place in places)
         nodes = [1 + math.ceil((side - 1) * finest / LATTICE_MM) for side in self.config.crop_vox]
         z, y, x = (np.linspace(0, side - 1, count) for side, count in zip(self.config.crop_vox, nodes, strict=True))
@@ -221,6 +236,8 @@ class PairCrops:
             points_mm = (lattice_zyx + starts[0])[:, ::-1] * grid.spacing_mm + grid.origin_mm
             if phases[0] == phases[1]:
                 partner[row] = points_mm
+            elif self.config.matched_by == "affine":
+                partner[row] = self._by_affine(patient, points_mm)
             elif (field := self._field(patient)) is not None:
                 partner[row] = field.inhale_mm(points_mm)
         return np.ascontiguousarray(np.moveaxis(partner, -1, 1)).reshape(len(places), 3, *nodes)
@@ -269,7 +286,7 @@ def _partners(slots: Mapping[str, tuple[Phase, Phase]], config: CropConfig, seed
     Raises CacheError for a single pair, which has no stranger.
     """
     paired = [patient for patient, phases in slots.items() if phases[0] != phases[1]]
-    if config.partner == "own" or not paired:
+    if config.partner != "stranger" or not paired:
         return {}
     if len(paired) == 1:
         raise CacheError(f"data.partner=stranger needs two patients with both phases, only {paired[0]} has them")

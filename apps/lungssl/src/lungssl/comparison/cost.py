@@ -57,7 +57,9 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
         one = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=train.steps - 1)
     micro_steps = train.steps * train.accumulate
     where = ""
-    if parts.recipe.data.correspondences:
+    if parts.recipe.data.correspondences and run.recipe.data.matched_by == "affine":
+        where = "coarse affine"
+    elif parts.recipe.data.correspondences:
         fields = (parts.crops.cache.displacement(patient) for patient in parts.crops.patients)
         where = ", ".join(sorted({"none" if field is None else field.provenance for field in fields}))
     return Cost(
@@ -69,7 +71,7 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
         tokens=micro_steps * (one.tokens_student + one.tokens_teacher),
         flops=micro_steps * one.flops,
         displacement=where,
-        registration_s=registration_seconds(data) if where else 0.0,
+        registration_s=registration_seconds(data) if where and where != "coarse affine" else 0.0,
     )
 
 

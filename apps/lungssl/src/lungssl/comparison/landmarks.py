@@ -112,7 +112,7 @@ def position_only(pair: PairPoints) -> tuple[float, float]:
     """Mean errors of the grid itself, and of the place nearest to where the coarse affine leads."""
     floor = torch.cdist(pair.truth_mm, pair.candidates_mm).amin(dim=1).mean()
     nearest = torch.cdist(pair.affine_places(), pair.candidates_mm).argmin(dim=1)
-    affine = torch.linalg.vector_norm(pair.candidates_mm[nearest] - pair.truth_mm, dim=1).mean()
+    affine = _distance(pair.candidates_mm[nearest], pair.truth_mm).mean()
     return float(floor), float(affine)
 
 
@@ -134,8 +134,7 @@ def pair_features(
 def find(pair: PairPoints, query: Float[Tensor, "q d"], key: Float[Tensor, "c d"]) -> Found:
     """Each point is found at the candidate whose features have the highest cosine."""
     cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
-    error = torch.cdist(pair.truth_mm, pair.candidates_mm)
-    everywhere = error.gather(1, cosine.argmax(dim=1, keepdim=True))
+    everywhere = _distance(pair.candidates_mm[cosine.argmax(dim=1)], pair.truth_mm)
     distance = torch.cdist(pair.affine_places(), pair.candidates_mm)
     near = distance <= torch.clamp(distance.amin(dim=1, keepdim=True), min=NEAR_MM)
     best = cosine.masked_fill(~near, -torch.inf).argmax(dim=1)
@@ -143,11 +142,13 @@ def find(pair: PairPoints, query: Float[Tensor, "q d"], key: Float[Tensor, "c d"
         mean_mm=float(everywhere.mean()),
         median_mm=float(everywhere.median()),
         far_share=float((everywhere > NEAR_MM).float().mean()),
-        near_mm=float(error.gather(1, best[:, None]).mean()),
-        registered_mm=float(
-            torch.linalg.vector_norm(smoothed(pair, pair.candidates_mm[best]) - pair.truth_mm, dim=1).mean()
-        ),
+        near_mm=float(_distance(pair.candidates_mm[best], pair.truth_mm).mean()),
+        registered_mm=float(_distance(smoothed(pair, pair.candidates_mm[best]), pair.truth_mm).mean()),
     )
+
+
+def _distance(a: Float[Tensor, "n 3"], b: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
+    return torch.linalg.vector_norm(a - b, dim=1)
 
 
 def smoothed(pair: PairPoints, found_mm: Float[Tensor, "q 3"]) -> Float[Tensor, "q 3"]:
