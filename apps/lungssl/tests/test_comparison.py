@@ -15,7 +15,7 @@ import pytest
 import yaml
 from lungssl.cli import main
 from lungssl.cohort import CohortConfig, make_cohort
-from lungssl.comparison import estimates
+from lungssl.comparison import runs
 from lungssl.comparison.cost import Cost, check_fair
 from lungssl.comparison.findings import contrasts, power_note, sentences
 from lungssl.comparison.plan import ENDPOINTS, Plan, Regime, finetune_runs, load_plan, pretrain_runs, shard_of
@@ -153,7 +153,7 @@ def test_frozen_probes_a_shift_test_estimates_and_foreign_weights(
     whole: Outcome, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One small comparison with all that a plan can ask for beside A0, A1 and A4."""
-    monkeypatch.setattr(estimates, "EstimateConfig", lambda: EstimateConfig(iterations=1))
+    monkeypatch.setattr(runs, "EstimateConfig", lambda: EstimateConfig(iterations=1))
     shift = tmp_path / "shift"
     for _ in make_cohort(CohortConfig(patients=1, spacing_mm=8.0, seed=900, motion="ffd"), shift):
         pass
@@ -187,7 +187,7 @@ def test_frozen_probes_a_shift_test_estimates_and_foreign_weights(
     outcome = carry_out(plan, data=data, shift=shift, out=tmp_path / "out", say=quiet)
     assert not outcome.missing and all(row["failed"] is None for row in outcome.results.values())
     assert outcome.costs["A5"].registration_s > 0 and "MIND-SSC" in outcome.costs["A5"].displacement
-    estimated = {path.stem for path in (tmp_path / "out/estimated").glob("*.h5")}
+    estimated = {path.stem for path in (tmp_path / "out/estimated").glob("*/*.h5")}
     assert len(estimated) == 9 and not estimated & set(PairCache(data).split("test"))
     same, there = array_of(outcome, "S", "landmark_mm"), array_of(whole, "A4", "landmark_mm")
     assert same is not None and there is not None and (same[1] == there[1]).all()

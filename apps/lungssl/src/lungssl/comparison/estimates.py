@@ -1,6 +1,8 @@
 """A copy of a cache whose displacements are estimated from the scans alone, and what that took."""
 
 import dataclasses
+import fcntl
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -14,10 +16,22 @@ from lungssl.training.run_folder import write_atomic
 _SECONDS = "registration_seconds.json"
 
 
-def estimated_cache(cache: PairCache, folder: Path, *, say: Callable[[str], None]) -> Path:
-    """Estimate what `folder` lacks. Patients of `test` aren't copied: nothing can be trained on them by mistake."""
+def estimated_cache(cache: PairCache, folder: Path, config: EstimateConfig, *, say: Callable[[str], None]) -> Path:
+    """Estimate what a folder in `folder`, one for each `config`, lacks; returns it.
+
+    Patients of `test` aren't copied: nothing can be trained on them by mistake. One process at a time estimates, others
+    wait for it.
+    """
+    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
-    config = EstimateConfig()
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _estimate(cache, folder, config, say)
+    return folder
+
+
+def _estimate(cache: PairCache, folder: Path, config: EstimateConfig, say: Callable[[str], None]) -> None:
     for patient in [*cache.split("train"), *cache.split("val")]:
         pair = cache[patient]
         if len(pair.phases()) < 2 or (folder / f"{patient}.h5").exists():
@@ -29,7 +43,6 @@ def estimated_cache(cache: PairCache, folder: Path, *, say: Callable[[str], None
         known = _seconds(folder)
         write_atomic(folder / _SECONDS, json.dumps(known | {patient: round(seconds, 2)}, indent=1))
         say(f"displacement of {patient} estimated in {seconds:.1f} s")
-    return folder
 
 
 def registration_seconds(data: Path) -> float:

@@ -13,6 +13,7 @@ from lungssl_tasks.model_folder import load_model
 from torch import nn
 
 from lungssl.comparison.landmarks import PairPoints, find, pair_features, points_of, position_only
+from lungssl.comparison.probing import LobeProbe, lobes_at, probe_dice, probes_of
 from lungssl.evaluation import Prediction, evaluation_patients, per_patient, predict_scans
 from lungssl.finetuning import LOBES
 
@@ -41,7 +42,8 @@ class Judge:
 
     def encoder(self, encoder: nn.Module, side_vox: int) -> Judged:
         """How well points and patients are found again, seen through windows of `side_vox`."""
-        values, embeddings = self._places(encoder, side_vox, self.cache, self.cache.split("test"))
+        probes = probes_of(encoder, self.cache, side_vox)
+        values, embeddings = self._places(encoder, side_vox, probes, self.cache, self.cache.split("test"))
         exhale, inhale = embeddings[0::2], embeddings[1::2]
         is_inhale, patient = torch.arange(len(embeddings)) % 2 == 1, torch.arange(len(embeddings)) // 2
         scores = phase_scores(embeddings, is_inhale, patient)
@@ -55,16 +57,16 @@ class Judge:
             "rankme": rankme(embeddings),
         }
         if self.shift is not None:
-            shifted, _ = self._places(encoder, side_vox, self.shift, self.shift.patients)
+            shifted, _ = self._places(encoder, side_vox, probes, self.shift, self.shift.patients)
             values |= {f"shift_{name}": of_patient for name, of_patient in shifted.items()}
         return Judged(values=values, scalars=scalars)
 
     def _places(
-        self, encoder: nn.Module, side_vox: int, cache: PairCache, patients: Sequence[str]
+        self, encoder: nn.Module, side_vox: int, probes: Sequence[LobeProbe], cache: PairCache, patients: Sequence[str]
     ) -> tuple[Values, torch.Tensor]:
-        """Errors of looking up, and each scan's mean features, exhale and inhale in turn."""
+        """Errors of looking up, lobes at inhale, and each scan's mean features, exhale and inhale in turn."""
         names = ("landmark_mm", "near_mm", "registration_mm")
-        values: Values = {name: {} for name in (*names, "position_mm", "grid_mm")}
+        values: Values = {name: {} for name in (*names, "position_mm", "grid_mm", "probe_dice")}
         scans = []
         for patient in patients:
             key = f"{cache.folder}/{patient}"
@@ -76,8 +78,11 @@ class Judge:
             found = find(pair, query, candidates)
             for name, value in zip(names, (found.mean_mm, found.near_mm, found.registered_mm), strict=True):
                 values[name][patient] = value
+            dice = probe_dice(probes, candidates, lobes_at(pair.inhale, pair.candidates_mm))
+            if dice is not None:
+                values["probe_dice"][patient] = dice
             values["grid_mm"][patient], values["position_mm"][patient] = position_only(pair)
-        return values, torch.stack(scans)
+        return {name: of_patient for name, of_patient in values.items() if of_patient}, torch.stack(scans)
 
     def model(self, folder: Path, device: str) -> Judged:
         """Lobes and non-aerated mass, by a model folder."""

@@ -41,6 +41,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     "landmark_mm": Endpoint(title="landmark error", unit="mm", digits=1, higher_is_better=False, margin=0.2),
     "near_mm": Endpoint(title="landmark error near", unit="mm", digits=2, higher_is_better=False, margin=0.2),
     "registration_mm": Endpoint(title="TRE, matched features", unit="mm", digits=2, higher_is_better=False, margin=0.2),
+    "probe_dice": Endpoint(title="lobe Dice, linear probe", unit="", digits=3, higher_is_better=True, margin=0.01),
     "dice": Endpoint(title="lobe Dice", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True),
     "nsd": Endpoint(title="lobe NSD at 2 mm", unit="", digits=3, higher_is_better=True, of_labels=True),
     "hd95_mm": Endpoint(title="lobe HD95", unit="mm", digits=1, higher_is_better=False, of_labels=True),
@@ -52,6 +53,9 @@ ENDPOINTS: dict[str, Endpoint] = {
     "shift_near_mm": Endpoint(title="landmark error near, shifted", unit="mm", digits=2, higher_is_better=False),
     "shift_registration_mm": Endpoint(
         title="TRE, matched features, shifted", unit="mm", digits=2, higher_is_better=False, margin=0.2
+    ),
+    "shift_probe_dice": Endpoint(
+        title="lobe Dice, linear probe, shifted", unit="", digits=3, higher_is_better=True, margin=0.01
     ),
     "shift_dice": Endpoint(
         title="lobe Dice, shifted", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True
@@ -232,8 +236,10 @@ def pretrain_runs(plan: Plan, data: str, shift: str | None = None) -> list[Pretr
             decides = [recipe.as_dict(), data] if arm.pretrained else [start_of(recipe), data, "untrained"]
             if arm.weights is not None:
                 decides.append(weights_sha256(name, arm.weights))
-            if arm.displacement != "cache":
-                decides.append(arm.displacement)
+            if arm.displacement == "estimated":
+                from lungssl_tasks.registration import EstimateConfig
+
+                decides.append(asdict(EstimateConfig()))
             runs.append(
                 Pretrain(
                     arm=name,

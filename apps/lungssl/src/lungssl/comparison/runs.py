@@ -19,6 +19,7 @@ import numpy as np
 from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder, save_encoder
 from lungssl_data.cache import PairCache
+from lungssl_tasks.registration import EstimateConfig
 
 from lungssl.comparison import cost
 from lungssl.comparison.estimates import estimated_cache
@@ -67,17 +68,17 @@ def carry_out(
     if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
         raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
     cache, shifted = PairCache(data), _shift_cache(plan, data, shift)
-    fingerprint = cache.fingerprint()
-    runs = pretrain_runs(plan, fingerprint, None if shifted is None else shifted.fingerprint())
+    about = {"data": cache.fingerprint(), "shift": None if shifted is None else shifted.fingerprint()}
+    runs = pretrain_runs(plan, **about)
     caches = {"cache": data}
     if any(run.displacement == "estimated" for run in runs):
-        caches["estimated"] = estimated_cache(cache, out / "estimated", say=say)
+        caches["estimated"] = estimated_cache(cache, out / "estimated", EstimateConfig(), say=say)
     costs = fair_costs(plan, runs, caches, device=device)
     for folder in (out / "runs", out / "results"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "plan.yaml", as_text(plan.as_dict()))
     write_atomic(out / "costs.json", json.dumps({arm: one.as_dict() for arm, one in costs.items()}, indent=1))
-    write_atomic(out / "env.json", json.dumps(environment() | {"data": fingerprint}, indent=1))
+    write_atomic(out / "env.json", json.dumps(environment() | about, indent=1))
     worker = _Worker(caches=caches, judge=Judge(cache, shifted), out=out, device=device)
     mine = [step for run in shard_of(runs, shard) for step in (run, *finetune_runs(plan, run))]
     todo = [step for step in mine if not worker.result(step.id).is_file()]
@@ -88,11 +89,16 @@ def carry_out(
         left = f", {duration(passed / done * (len(todo) - done))} left" if done else ""
         say(f"\n== {len(mine) - len(todo) + done + 1}/{len(mine)}{left}: {step.id}")
         worker.make(step)
-    wanted = [step.id for run in runs for step in (run, *finetune_runs(plan, run))]
+    wanted = wanted_ids(plan, **about)
     results = {name: json.loads(worker.result(name).read_text()) for name in wanted if worker.result(name).is_file()}
     return Outcome(
         folder=out, plan=plan, costs=costs, results=results, missing=[name for name in wanted if name not in results]
     )
+
+
+def wanted_ids(plan: Plan, data: str, shift: str | None) -> list[str]:
+    """Of all runs of a plan on caches with these fingerprints."""
+    return [step.id for run in pretrain_runs(plan, data, shift) for step in (run, *finetune_runs(plan, run))]
 
 
 def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
