@@ -1,12 +1,15 @@
 """T27: what a checkpoint of another wrapper, crop or number of channels does to an encoder."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from lungssl_backbones import create_backbone
+from lungssl_backbones import BACKBONES, create_backbone
 from lungssl_backbones.names import with_aliases, without_aliases
-from lungssl_backbones.pretrained import import_checkpoint, load_pretrained
+from lungssl_backbones.pretrained import import_checkpoint, in_projection, load_pretrained
+from lungssl_backbones.weights import load_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -104,9 +107,94 @@ def test_low_coverage_raises_and_reshaping_can_be_forbidden() -> None:
     assert report.mismatched == ("eva.pos_embed: file (1, 216, 36), encoder (1, 8, 36)",)
 
 
-def test_another_patch_is_no_other_number_of_channels() -> None:
-    with pytest.raises(ValueError, match="1 of another shape"):
-        load_pretrained(tiny("vit3d_nano", 1), tiny("vit3d_nano", 2, patch_vox=2).state_dict(), min_coverage=0.99)
+@pytest.mark.parametrize(("name", "option"), [("vit3d_nano", "patch_vox"), ("convnext3d_atto", "stem_vox")])
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 2), (2, 4), (8, 4), (6, 4)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_another_patch_is_no_other_number_of_channels(
+    name: str, option: str, theirs: int, ours: int, channels: int
+) -> None:
+    source = tiny(name, 1, **{option: theirs, "in_channels": channels})
+    target = tiny(name, 2, **{option: ours})
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    sizes = re.escape(f"for patches of {(theirs,) * 3} voxels (z, y, x), the encoder's, ")
+    with pytest.raises(ValueError, match=rf"{sizes}.* for {re.escape(str((ours,) * 3))}; .* {option}={theirs}"):
+        load_pretrained(target, source.state_dict(), min_coverage=0.0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+
+
+def test_primus_patches_differ_by_their_kernels() -> None:
+    source = tiny("primus_ti", 1, patch_vox=8, crop_vox=(32, 32, 32))
+    with pytest.raises(ValueError, match=r"patches of \(8, 8, 8\) voxels .* for \(4, 4, 4\); build .* patch_vox=8"):
+        load_pretrained(tiny("primus_ti", 2), source.state_dict(), min_coverage=0.0)
+
+
+def test_more_than_four_channels_of_flat_patches_must_be_said() -> None:
+    source, target = tiny("vit3d_nano", 1, in_channels=8), tiny("vit3d_nano", 2)
+    with pytest.raises(ValueError, match="more than 4 channels, say how many with in_channels"):
+        load_pretrained(target, source.state_dict())
+    assert len(load_pretrained(target, source.state_dict(), in_channels=8).reshaped) == 1
+    with pytest.raises(ValueError, match=r"\(24, 512\) has 8 channels of the encoder's patch, expected in_channels=1"):
+        load_pretrained(target, source.state_dict(), in_channels=1)
+    # As long as one channel of patches of 8: only the number that is said can tell.
+    with pytest.raises(ValueError, match="has 8 channels of the encoder's patch, expected in_channels=1"):
+        load_pretrained(source, tiny("vit3d_nano", 3, patch_vox=8).state_dict(), in_channels=1)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_layer_that_reads_the_crop_is_the_one_that_channels_change(name: str) -> None:
+    if name == "timm3d":
+        pytest.importorskip("timm", exc_type=ImportError)
+    with torch.device("meta"):
+        one, two = create_backbone(name).state_dict(), create_backbone(name, in_channels=2)
+    changed = [key for key, tensor in two.state_dict().items() if tensor.shape != one[key].shape]
+    assert changed == [f"{in_projection(two)}.weight"]
+
+
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+@pytest.mark.parametrize("name", TINY)
+def test_weights_without_the_layer_that_reads_the_crop_are_refused(name: str, leaf: str) -> None:
+    state, target = tiny(name, 1).state_dict(), tiny(name, 2)
+    layer = f"{in_projection(target)}.{leaf}"
+    del state[layer]
+    with pytest.raises(ValueError, match=rf"{re.escape(layer)} must be loaded, found nothing for it"):
+        load_pretrained(target, state, min_coverage=0.0)
+    assert load_weights(target, state, min_coverage=0.0).missing == (layer,)
+
+
+def test_a_first_layer_of_another_shape_is_refused_where_reshaping_is_forbidden() -> None:
+    state = tiny("resenc_l", 1, in_channels=2).state_dict()
+    with pytest.raises(
+        ValueError, match=r"must be loaded, found stem.*: file \(4, 2, 3, 3, 3\), encoder \(4, 1, 3, 3, 3\)"
+    ):
+        load_pretrained(tiny("resenc_l", 2), state, min_coverage=0.0, allow_reshape=())
+
+
+def test_a_table_shorter_than_the_registers_is_refused() -> None:
+    target = tiny("primus_ti", 1, registers=6)
+    state = {**target.state_dict(), "eva.pos_embed": torch.zeros(1, 4, 36)}
+    with pytest.raises(ValueError, match="a table of 4 positions leaves no grid beside the encoder's 6 registers"):
+        load_pretrained(target, state)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: torch.full_like(t, torch.nan), r"numbers are not finite in torch\.float32; .* take an earlier"),
+        (lambda t: t.double() + 1e300, r"numbers are not finite in torch\.float32"),
+        (lambda t: t.to(torch.complex64), r"is torch\.complex64, expected torch\.float32 or its like; quantised"),
+        (lambda t: t.to(torch.int8), r"is torch\.int8, expected torch\.float32"),
+        (lambda t: t.to_sparse(), "is sparse or without data, expected a dense tensor"),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_no_weight_is_refused(spoil: Callable[[Tensor], Tensor], message: str, adapted: bool) -> None:
+    options = {"in_channels": 2} if adapted else {}
+    spoiled = {key: spoil(tensor) for key, tensor in tiny("primus_ti", 1, **options).state_dict().items()}
+    target = tiny("primus_ti", 2)
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(target, spoiled)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
 
 
 def test_second_names_are_dropped_unless_they_disagree() -> None:
@@ -151,4 +239,39 @@ def test_foreign_checkpoints_are_read_without_running_their_code(tmp_path: Path)
         import_checkpoint(path, key="ema")
     torch.save({"state_dict": state, "args": _Foreign()}, path)
     with pytest.raises(ValueError, match="only code of its own can read, and is not opened"):
+        import_checkpoint(path)
+
+
+def test_files_that_are_no_checkpoint_or_torn_ones_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    for content in (b"", b"hello\n", b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>"):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"begins with {re.escape(repr(content[:4]))}, not as files of torch.save"
+        ):
+            import_checkpoint(path)
+    state = tiny("vit3d_nano", 1).state_dict()
+    for zipped in (True, False):
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for length in (4, 10, 1000, len(whole) // 2, len(whole) - 10):
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"not a whole checkpoint of torch\.save .*; copy or export it again"):
+                import_checkpoint(path)
+    path.write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        import_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        import_checkpoint(tmp_path / "none.pth")
+
+
+def test_tensors_without_names_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    numbered = dict(enumerate(tiny("vit3d_nano", 1).state_dict().values()))
+    for content in (numbered, {"state_dict": numbered}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="calls a tensor 0, expected names such as"):
+            import_checkpoint(path)
+    torch.save({1: 2}, path)
+    with pytest.raises(ValueError, match="no weights in its usual places; name one of 1"):
         import_checkpoint(path)

@@ -131,5 +131,11 @@ class _Block(nn.Module):
             self.skip = nn.Sequential(nn.AvgPool3d(stride), nn.Conv3d(inputs, outputs, 1, bias=False))
 
     def forward(self, x: Float[Tensor, "b _c _z _y _x"]) -> Float[Tensor, "b _d _u _v _w"]:
-        y = F.leaky_relu(self.norm1(self.conv1(x)), _SLOPE)
-        return F.leaky_relu(self.norm2(self.conv2(y)) + self.skip(x), _SLOPE)
+        y = F.leaky_relu(_norm(self.norm1, self.conv1(x)), _SLOPE)
+        return F.leaky_relu(_norm(self.norm2, self.conv2(y)) + self.skip(x), _SLOPE)
+
+
+def _norm(norm: nn.GroupNorm, x: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b c z y x"]:
+    """The norm, in fp32 on a CPU: forward and backward over 2 samples of 8 channels of 48 voxels, channels last, take torch
+    2.15 63 ms with bf16 and 9 with fp32 (one thread of a Xeon with AMX)."""
+    return norm(x.float()).to(x.dtype) if x.device.type == "cpu" else norm(x)

@@ -12,7 +12,7 @@ metadata                strings, as safetensors has them:
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,12 +122,14 @@ def load_weights(
     *,
     min_coverage: float = 0.95,
     source: str = "the given weights",
+    required: Collection[str] = (),
 ) -> LoadReport:
     """Copy weights of the same name and shape into `encoder`, whatever wrote them, and say what was left out.
 
     Names that the encoder does not have are tried without their leading `names.PREFIXES`. `source` is what errors call
     weights that come without a path. Raises ValueError, with `encoder` unchanged, where fewer than `min_coverage` of
-    its numbers would be loaded or two tensors claim one name.
+    its numbers or not all of its `required` tensors would be loaded, two tensors claim one name, or one holds what no
+    weight is: NaN, infinities, integers, complex numbers.
     """
     if isinstance(state_or_path, Path):
         (state, sha256), source = read_tensors(state_or_path), str(state_or_path)
@@ -169,6 +171,14 @@ def load_weights(
             f"{_first('of another shape', report.mismatched)}; {_first('unexpected', report.unexpected)}. "
             "Is the encoder built with the config that the weights were made with?"
         )
+    if lacking := [name for name in required if name not in fits]:
+        found = next((entry for entry in report.mismatched if entry.startswith(f"{lacking[0]}: ")), "nothing for it")
+        raise ValueError(
+            f"{source}: {lacking[0]} must be loaded, found {found}; without it the encoder would compute with random "
+            "weights. Take weights made for this config; load_weights trains the layer afresh unless it is `required`"
+        )
+    for name, tensor in fits.items():
+        require_usable(tensor, own[name], f"{source}: {origin[name]}")
     with torch.no_grad():
         for name, tensor in fits.items():
             own[name].copy_(tensor)
@@ -178,6 +188,23 @@ def load_weights(
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """All tensors of a .safetensors file and its SHA-256. Raises ValueError for another suffix or a torn file."""
     return _tensors(path), _sha256(path)
+
+
+def require_usable(tensor: Tensor, own: Tensor, what: str) -> None:
+    """Raises ValueError where `tensor`, which errors call `what`, has no values that `own` could take."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{what} is sparse or without data, expected a dense tensor; save it dense where it was made")
+    if tensor.is_complex() or tensor.is_floating_point() != own.is_floating_point():
+        raise ValueError(
+            f"{what} is {tensor.dtype}, expected {own.dtype} or its like; quantised weights must be dequantised where "
+            "they were made"
+        )
+    finite = torch.isfinite(tensor.to(own.dtype))
+    if not finite.all():
+        raise ValueError(
+            f"{what}: {int((~finite).sum())} of {tensor.numel()} numbers are not finite in {own.dtype}; the training "
+            "diverged or the file is damaged: take an earlier checkpoint"
+        )
 
 
 def _numbers(tensor: Tensor) -> int:
