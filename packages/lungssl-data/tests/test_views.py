@@ -214,3 +214,13 @@ def test_views_of_a_synthetic_breath_see_the_same_place_larger_and_thinner() -> 
     low, high = HU_WINDOW
     tissue = (second.image[0, 0] * (high - low) + low + 1000) * 1.5
     torch.testing.assert_close(tissue, hu_at(second.coords_mm)[0] + 1000, atol=1.6, rtol=0)
+
+
+@pytest.mark.parametrize("side", [9, 24])
+def test_an_elastic_warp_never_folds_a_view(side: int) -> None:
+    crops = coordinate_crops(batch=24, shape=(26, 26, 26))
+    config = ViewConfig(global_vox=side, locals_per_slot=0, rotation_deg=0.0, elastic_mm=8.0, **QUIET)
+    for view in config.build()(crops, torch.Generator().manual_seed(0)).views:
+        columns = [view.coords_mm.diff(dim=axis)[:, :, : side - 1, : side - 1, : side - 1] for axis in (4, 3, 2)]
+        jacobian = torch.linalg.det(torch.stack(columns, dim=-1).permute(0, 2, 3, 4, 1, 5))
+        assert jacobian.min() > 0 and jacobian.std() > 0.1
