@@ -224,3 +224,15 @@ def test_an_elastic_warp_never_folds_a_view(side: int) -> None:
         columns = [view.coords_mm.diff(dim=axis)[:, :, : side - 1, : side - 1, : side - 1] for axis in (4, 3, 2)]
         jacobian = torch.linalg.det(torch.stack(columns, dim=-1).permute(0, 2, 3, 4, 1, 5))
         assert jacobian.min() > 0 and jacobian.std() > 0.1
+
+
+def test_a_view_says_its_shift_and_gamma() -> None:
+    crops = replace(coordinate_crops(), ct_hu=torch.full((2, 2, 26, 30, 34), -700, dtype=torch.int16))
+    config = ViewConfig(global_vox=9, locals_per_slot=0, noise_hu=(0.0, 0.0), elastic_mm=0.0, zoom=(1.0, 1.0))
+    low, high = HU_WINDOW
+    for view in config.build()(crops, torch.Generator().manual_seed(1)).views:
+        assert view.shift_hu is not None and view.gamma is not None
+        expected = ((-700 + view.shift_hu - low) / (high - low)) ** view.gamma
+        torch.testing.assert_close(view.image.mean(dim=(1, 2, 3, 4)), expected, atol=1e-4, rtol=0)
+        assert view.shift_hu.abs().min() > 0.1 and (view.gamma - 1).abs().min() > 0.001
+    assert config.build().plain(crops).views[0].gamma is None

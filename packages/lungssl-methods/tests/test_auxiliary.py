@@ -37,6 +37,16 @@ def features(batch: PairBatch, dim: int = 6) -> list[Features]:
     return found
 
 
+def test_a_views_own_shift_and_gamma_are_taken_back(make_batch: MakeBatch) -> None:
+    view = scans(make_batch, -700.0, -700.0).views[0]
+    shift_hu, gamma = torch.tensor([10.0, -10.0]), torch.tensor([0.9, 1.1])
+    each = (-1, 1, 1, 1, 1)
+    image = scale_hu(torch.full_like(view.image, -700.0) + shift_hu.view(each)) ** gamma.view(each)
+    disturbed = replace(view, image=image, shift_hu=shift_hu, gamma=gamma)
+    assert (token_air(replace(disturbed, gamma=None), STRIDE).fraction - 0.3).abs().max() > 0.02
+    torch.testing.assert_close(token_air(disturbed, STRIDE).fraction, token_air(view, STRIDE).fraction)
+
+
 def test_uniform_lung_has_its_fractions(make_batch: MakeBatch) -> None:
     view = scans(make_batch, -700.0, -800.0).views[0]
     air = token_air(view, STRIDE)

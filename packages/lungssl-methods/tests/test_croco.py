@@ -98,6 +98,38 @@ def test_copies_are_exact_where_they_should_be() -> None:
     assert not known[..., 12:].any() and known[..., :12].all()  # beyond the other view nothing is known
 
 
+def test_a_perfect_copy_costs_nothing_where_it_knows_a_part_of_a_patch(encoder: nn.Module) -> None:
+    # 6 voxels are a token and a half: the last patches that the copy knows end in their middle
+    batch = smooth_pair(shift_vox=6)
+    metrics = build(encoder).eval()(batch, 0).metrics
+    for how in ("warp", "density"):
+        assert metrics["loss"].item() / metrics[f"loss_vs_{how}"].item() < 1e-5
+    assert metrics["loss"].item() / metrics["loss_vs_identity"].item() > 0.1
+
+
+def test_a_copy_of_what_differs_is_scaled_down_to_saying_nothing(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    # Two independent scans: the copy costs the variance of both, twice that of predicting 0, as croco does untrained.
+    batch = make_batch(3, locals_per_slot=0, global_size=(16, 16, 16))
+    views = tuple(replace(view, coords_mm=batch.views[0].coords_mm) for view in batch.views)
+    metrics = build(encoder).eval()(replace(batch, views=views), 0).metrics
+    assert metrics["loss_vs_identity"].item() == pytest.approx(0.5, rel=0.1)
+    assert metrics["loss_vs_scaled_identity"].item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_scaled_copy_has_the_factor_that_suits_it_best(encoder: nn.Module) -> None:
+    batch = smooth_pair(shift_vox=6)
+    method = build(encoder, norm="none").eval()
+    metrics = method(batch, 0).metrics
+    first, second = batch.views
+
+    def ratio(factor: float) -> float:
+        scaled = replace(batch, views=(first, replace(second, image=factor * second.image)))
+        return metrics["loss"].item() / method(scaled, 0).metrics["loss_vs_identity"].item()
+
+    best = min(ratio(0.02 * step) for step in range(1, 100))
+    assert metrics["loss"].item() / metrics["loss_vs_scaled_identity"].item() == pytest.approx(best, rel=0.01)
+
+
 def test_the_density_copy_presses_the_tissue_into_less_room() -> None:
     batch = smooth_pair()
     first, second = batch.views
@@ -122,6 +154,68 @@ def test_copies_that_know_nothing_are_left_out_of_the_figures(encoder: nn.Module
     unknown = method(replace(batch, views=(replace(first, partner_mm=None), second)), 0).metrics
     assert "loss_vs_identity" in unknown and not {"loss_vs_warp", "attention_tre_mm"} & unknown.keys()
     assert not names & method.train()(batch, 0).metrics.keys()
+
+
+def trained(method: Croco, steps: int, make: Callable[[], PairBatch], *, lr: float) -> None:
+    """By AdamW, its rate falling to 0."""
+    optimizer = torch.optim.AdamW(method.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        method(make(), step).loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_an_identity_pair_is_learned_to_a_thousandth_and_from_the_other_scan(encoder: nn.Module) -> None:
+    batch = smooth_pair(b=1)
+    method = build(encoder, decoder_depth=1)
+    trained(method, 400, lambda: batch, lr=1e-2)
+    own = method.eval()(batch, 0).metrics["loss"].item()
+    assert own < 1e-3  # the floor of variance is below that of every patch: it bounds nothing
+    stranger = replace(batch.views[1], image=smooth_pair(b=1).views[1].image)
+    assert method(replace(batch, views=(batch.views[0], stranger)), 0).loss.item() > 100 * own
+
+
+def translated(b: int) -> PairBatch:
+    """Pairs a token (8 mm) apart, half of which the affine tells; what slot 1's view doesn't show is not known."""
+    batch = smooth_pair(shift_vox=4, b=b)
+    first, second = batch.views
+    assert first.partner_mm is not None
+    shown = first.partner_mm[:, :1] <= second.coords_mm.amax()
+    first = replace(first, partner_mm=torch.where(shown, first.partner_mm, torch.nan))
+    return replace(batch, views=(first, second))
+
+
+def test_attention_finds_the_part_of_a_translation_that_the_affine_does_not_tell(encoder: nn.Module) -> None:
+    method = build(encoder, decoder_depth=1, directions="exhale").eval()
+    before = method(translated(8), 0).metrics
+    assert before["identity_tre_mm"].item() == pytest.approx(8.0, abs=1e-3)
+    assert before["affine_tre_mm"].item() == pytest.approx(4.0, abs=1e-3)  # half a token
+    assert method.head_tre_mm(translated(8)).min().item() > 4.0
+    trained(method.train(), 150, lambda: translated(4), lr=3e-3)
+    chosen, judged = (method.eval().head_tre_mm(translated(8)) for _ in range(2))  # pairs that it never saw
+    assert judged.flatten()[chosen.argmin()].item() < 1.0  # of 8 such runs the worst had 0.3
+
+
+def test_every_heads_error_is_told_so_that_a_head_can_be_fixed_elsewhere(encoder: nn.Module) -> None:
+    method = build(encoder).eval()
+    batch = smooth_pair(shift_vox=2)
+    heads = method.head_tre_mm(batch)
+    assert heads.shape == (2, 4) and len(heads.unique()) > 1  # blocks, heads
+    assert heads.min().item() == method(batch, 0).metrics["attention_tre_mm"].item()
+    assert torch.equal(heads, method.head_tre_mm(batch))
+    one = build(encoder, directions="exhale").eval()
+    one.load_state_dict(method.state_dict())
+    torch.testing.assert_close(one.head_tre_mm(batch), heads)
+    first, second = batch.views
+    assert first.partner_mm is not None
+    nowhere = replace(first, partner_mm=torch.full_like(first.partner_mm, torch.nan))
+    assert method.head_tre_mm(replace(batch, views=(nowhere, second))).isnan().all()
+    with pytest.raises(ValueError, match=r"croco's head_tre_mm needs to know where .*data.correspondences: true"):
+        method.head_tre_mm(replace(batch, views=(replace(first, partner_mm=None), second)))
+    with pytest.raises(ValueError, match="slot 0's tokens, which directions='inhale' doesn't complete"):
+        build(encoder, directions="inhale").head_tre_mm(batch)
 
 
 def test_attention_tre_is_zero_where_attention_is_at_the_truth() -> None:

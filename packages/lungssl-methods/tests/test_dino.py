@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -369,6 +370,79 @@ def test_gram_anchoring_begins_with_the_second_part_and_keeps_an_earlier_teacher
     method.after_optimizer_step(2)
     assert torch.equal(anchor, method.anchor.get_parameter("embed.weight"))
     assert not torch.equal(anchor, method.teacher_encoder.get_parameter("embed.weight"))
+
+
+def _padded(batch: PairBatch, fill: float, *, sample: int = 1) -> PairBatch:
+    """All of a sample's views fell into padding, which holds `fill`."""
+    views = []
+    for view in batch.views:
+        image, valid = view.image.clone(), view.valid.clone()
+        image[sample], valid[sample] = fill * torch.linspace(-1, 1, image[sample].numel()).view_as(image[sample]), False
+        views.append(replace(view, image=image, valid=valid))
+    return replace(batch, views=tuple(views))
+
+
+@pytest.mark.parametrize("centering", ["ema", "sinkhorn"])
+def test_what_was_not_measured_moves_no_loss_target_centre_or_neighbour(
+    centering: str, encoder: nn.Module, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungssl_methods.dino.KOLEO_FROM_PATIENTS", 3)
+    weights = {"koleo_weight": 0.1, "gram_weight": 1.0, "gram_refresh": 0.1, "patch_weight": 1.0}
+    whole = make_batch(4)
+    found = []
+    for fill in (0.0, 1.0):
+        torch.manual_seed(0)
+        method = _config(centering=centering, mask_unit_tokens=1, mask_share=1.0, **weights).build(
+            copy.deepcopy(encoder), total_steps=10
+        )
+        with torch.no_grad():  # student, teacher and anchor differ
+            method.encoder.get_parameter("embed.weight").add_(0.1 * torch.ones(()))
+        for step in range(2):
+            torch.manual_seed(step)
+            output = method(_padded(whole, fill), step)
+            method.after_optimizer_step(step)
+        torch.manual_seed(2)
+        output = method(_padded(whole, fill), 5)
+        moved = {name: value for name, value in method.state_dict().items() if "centre" in name or "total" in name}
+        held_out = method.eval()(_padded(whole, fill), 5).metrics
+        found.append({**output.metrics, **moved, **{f"held_out_{name}": value for name, value in held_out.items()}})
+    first, second = found
+    assert {"koleo", "gram", "patch_loss_lnk", "held_out_prototypes_used", "patches.centre"} <= first.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
+def test_a_tokens_patch_term_needs_a_measured_voxel(encoder: nn.Module, make_batch: MakeBatch) -> None:
+    method = _config(patch_weight=1.0, mask_unit_tokens=1, mask_share=1.0).build(encoder, total_steps=10).eval()
+    nn.init.normal_(method.encoder.get_parameter("mask_token"))  # or the student is uniform, whatever the teacher says
+    batch = make_batch(2, locals_per_slot=0)
+    views = tuple(replace(view, valid=view.valid.clone()) for view in batch.views)
+    for view in views:
+        view.valid[:, :, :, 8:] = False  # half of the tokens
+
+    def loss(fill: float) -> float:
+        for view in views:
+            view.image[:, :, :, :, 8:] = fill
+        return method(replace(batch, views=views), 5).metrics["patch_loss_lnk"].item()
+
+    assert loss(0.0) == pytest.approx(loss(1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("centering", ["ema", "sinkhorn"])
+def test_a_batch_of_padding_costs_zero_with_a_gradient_of_zero_and_moves_nothing(
+    centering: str, encoder: nn.Module, make_batch: MakeBatch
+) -> None:
+    method = _config(centering=centering, patch_weight=1.0, mask_unit_tokens=1).build(encoder, total_steps=10)
+    batch = make_batch(2)
+    empty = tuple(replace(view, valid=torch.zeros_like(view.valid)) for view in batch.views)
+    output = method(replace(batch, views=empty), 5)
+    output.loss.backward()
+    assert output.loss.item() == 0.0 and all(torch.isfinite(value) for value in output.metrics.values())
+    gradients = [p.grad for p in method.summary.student.parameters()]
+    assert all(grad is not None and not grad.any() for grad in gradients)
+    before = method.summary.centre.clone()
+    method.after_optimizer_step(5)
+    assert torch.equal(method.summary.centre, before) and not method.summary.embedding_moments.weight().item()
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan")])

@@ -36,6 +36,21 @@ def test_micro_batches_count_as_one_batch() -> None:
     torch.testing.assert_close(whole.total, parts.total)
 
 
+def test_rows_that_do_not_count_change_nothing() -> None:
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+    counted = torch.tensor([True, False, True, True, False, True])
+    some, all_of_them = RunningMoments(3, 0.9), RunningMoments(3, 0.9)
+    some.collect(torch.where(counted[:, None], x, 1e3), counted)
+    all_of_them.collect(x[counted])
+    for moments in (some, all_of_them):
+        moments.update(LocalGather())
+    torch.testing.assert_close(some.total, all_of_them.total)
+    before = some.total.clone()
+    some.collect(x, torch.zeros(6, dtype=torch.bool))
+    some.update(LocalGather())
+    assert torch.equal(some.total, before)
+
+
 def test_a_constant_channel_stays_finite() -> None:
     moments = RunningMoments(2, 0.9)
     moments.collect(torch.ones(4, 2))

@@ -60,6 +60,16 @@ def test_a_loss_that_falls_by_the_teachers_entropy_alone_fails() -> None:
     assert judge([0.29, 0.32, 0.30, 0.26, 0.22]).learned
 
 
+def test_a_student_that_stays_equal_to_its_teacher_is_judged_and_not_divided_by() -> None:
+    history = [
+        Evaluation(step=20 * i, loss=loss, teacher_entropy_lnk=0.5, teacher_kl_lnk=0.0)
+        for i, loss in enumerate([1.0, 0.9, 0.8, 0.7])
+    ]
+    verdict = LearningCheck().judge(history)
+    assert not verdict.learned
+    assert "KL(teacher, student) from 0.000 to 0.000 ln k (-0%), needed is -15% or less" in verdict.sentence
+
+
 @pytest.mark.parametrize(("entropy", "reason"), [(0.1, "few prototypes"), (0.96, "alike"), (math.nan, "alike")])
 def test_a_teacher_outside_its_bounds_after_warmup_fails(entropy: float, reason: str) -> None:
     losses = [8.0, 7.5, 7.0, 6.5, 6.0]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lungssl_data.batch import HU_WINDOW
 from lungssl_data.views import scale_hu
 from lungssl_methods.physics import (
     compressed_hu,
@@ -12,7 +13,9 @@ from lungssl_methods.physics import (
     mass_residual,
     tissue_fraction,
     to_hu,
+    undisturbed_hu,
 )
+from lungssl_ops.ct_views import ViewTable, ct_views, view_affine
 
 
 def grid(n: int, spacing_mm: tuple[float, float, float]) -> torch.Tensor:
@@ -32,6 +35,23 @@ def test_a_uniform_expansion_by_a_half_takes_minus_700_to_minus_800_hu() -> None
     wrong = mass_residual(exhale, inhale, torch.ones(1, dtype=torch.float64), there)
     assert wrong.item() == pytest.approx(0.1)
     assert mass_residual(exhale, inhale, jacobian, ~there).item() == 0.0
+
+
+def test_a_views_own_shift_and_gamma_are_undone() -> None:
+    size, views = (8, 8, 8), 3
+    hu = torch.randint(-950, 300, (1, *size), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    shift_hu, gamma = torch.tensor([-10.0, 0.0, 10.0]), torch.tensor([0.9, 1.0, 1.1])
+    table = ViewTable(
+        volume=torch.zeros(views, dtype=torch.int64),
+        affine=view_affine(size, torch.full((views, 3), 3.5), torch.eye(3).expand(views, 3, 3)),
+        window_hu=torch.tensor([HU_WINDOW]).expand(views, 2),
+        shift_hu=shift_hu,
+        gamma=gamma,
+    )
+    image = ct_views(hu, table, size)
+    assert (to_hu(image)[0, 0] - hu[0]).abs().max() > 20.0
+    found = undisturbed_hu(image, shift_hu=shift_hu, gamma=gamma)
+    torch.testing.assert_close(found, hu.float().expand_as(found), atol=0.01, rtol=0)
 
 
 def test_network_input_comes_back_as_hu() -> None:

@@ -34,6 +34,19 @@ def test_koleo_does_not_push_a_patients_crops_apart() -> None:
     assert koleo(rows, torch.zeros(4, dtype=torch.int64)).item() == 0.0
 
 
+def test_koleo_and_gram_are_those_of_the_valid_rows() -> None:
+    rows, valid = torch.randn(5, 8, dtype=torch.float64), torch.tensor([True, True, False, True, False])
+    rows[2] = rows[0] + 1e-6  # the nearest of all, were it anything
+    patients = torch.arange(5)
+    expected = koleo(rows[valid], patients[valid])
+    assert koleo(rows, patients, valid=valid).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert koleo(rows, patients, valid=~valid & (patients == 2)).item() == 0.0
+    tokens, others = torch.randn(2, 5, 4, 8, dtype=torch.float64)
+    expected = gram(tokens[valid], others[valid])
+    assert gram(tokens, others, valid=valid).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gram(tokens, others, valid=torch.zeros_like(valid)).item() == 0.0
+
+
 def test_koleos_gradient_pushes_neighbours_apart() -> None:
     rows = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.0]], requires_grad=True)
     koleo(rows, ALONE[:3]).backward()

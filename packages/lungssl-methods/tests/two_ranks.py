@@ -2,8 +2,9 @@
 
 Prints one JSON object: for each case, of two ranks and of two accumulated micro-batches against one batch, the greatest
 difference of a step's loss (relative above 1) and of a parameter, and the greatest change of a parameter by training.
-Samples differ in their voxels; what is drawn at random (masks, points), the lung and what is measured are the same for
-each, because a mean of two ranks' means is the mean of all only where both count as much.
+Samples differ in their voxels; what is drawn at random (masks, points) is the same for each, and so are the lung and
+what is measured, because a mean of two ranks' means is the mean of all only where both count as much. But for UNEQUAL,
+of methods that weigh the ranks: one sample has less lung than the others, and all of another is padding.
 """
 
 import json
@@ -45,6 +46,10 @@ CASES["barlow_twins"] = ("vicreg", {"expander": (16, 16), "objective": "barlow_t
 CASES["simclr"] = ("simclr", {"hidden": 16, "out": 8})
 CASES["vox2vec"] = ("vox2vec", {"points": 12, "hidden": 16, "out": 8})
 CASES["paired_dense"] = ("paired_dense", {"points": 12})
+UNEQUAL = ("dino_unequal", "phase_dino_unequal")
+IBOT = {"patch_weight": 1.0, "mask_unit_tokens": 1, "mask_share": 1.0, "mask_ratio": (0.5, 0.5)}
+CASES["dino_unequal"] = ("dino", {**HEAD, **IBOT, "centering": "sinkhorn", "koleo_weight": 0.1})
+CASES["phase_dino_unequal"] = ("phase_dino", {**HEAD, **IBOT, "centering": "ema"})
 
 
 DOUBLE = ("simclr", "vicreg", "paired_dense", "mae", "simmim", "croco", "spark", "jepa")
@@ -74,13 +79,20 @@ def patch_draws() -> None:
     torch.rand, torch.randint = patched_rand, patched_randint
 
 
-def batch_of(step: int, samples: range, *, globals_per_slot: int, locals_per_slot: int) -> PairBatch:
-    """Voxels by step and sample alone; geometry and masks the same for all."""
+def batch_of(
+    step: int, samples: range, *, globals_per_slot: int, locals_per_slot: int, unequal: bool = False
+) -> PairBatch:
+    """Voxels by step and sample alone; geometry and, unless `unequal`, masks the same for all."""
     views = []
     for kind, side, count in (("global", SIDE, globals_per_slot), ("local", SIDE // 2, locals_per_slot)):
         place = torch.meshgrid(*(2.0 * torch.arange(side),) * 3, indexing="ij")
         coords_mm = torch.stack(place[::-1]).expand(len(samples), 3, side, side, side)
         lung = (coords_mm[:, 0] > side / 2) & (coords_mm[:, 1] < 1.5 * side)
+        valid = torch.ones_like(lung)
+        if unequal:
+            for row, sample in enumerate(samples):
+                lung[row] &= coords_mm[row, 0] > (1.6 * side if sample == 0 else 0)
+                valid[row] &= sample != 2
         for index in range(2 * count):
             slot: Literal[0, 1] = (0, 1)[index % 2]
             seeds = [1000 * step + 10 * sample + index + 100 * (kind == "local") for sample in samples]
@@ -90,7 +102,7 @@ def batch_of(step: int, samples: range, *, globals_per_slot: int, locals_per_slo
                     image=0.3 + 0.2 * torch.stack(noise),
                     coords_mm=coords_mm,
                     partner_mm=coords_mm + 1.0 if slot == 0 else None,
-                    valid=torch.ones_like(lung),
+                    valid=valid,
                     lung=lung,
                     slot=slot,
                     kind=kind,
@@ -135,7 +147,7 @@ def trained(case: str, rank: int, ranks: int, parts: int = 1) -> Run:
         total = torch.zeros((), dtype=torch.float64)
         for part in range(parts):
             start = rank * SAMPLES // ranks + part * share
-            batch = batch_of(step + 2, range(start, start + share), **views)
+            batch = batch_of(step + 2, range(start, start + share), **views, unequal=case in UNEQUAL)
             if name in DOUBLE:
                 batch = replace(batch, views=tuple(replace(view, image=view.image.double()) for view in batch.views))
             loss = module(batch, step + 2).loss / parts

@@ -66,6 +66,10 @@ class View:
     slot 1, and where the crops were read without correspondences."""
     lung: Bool[Tensor, "b z y x"]
     labels: UInt8[Tensor, "b z y x"] | None = None
+    shift_hu: Float32[Tensor, " b"] | None = None
+    """Added to the whole view, and `gamma`, the exponent on the scaled window after it: both are drawn for each view,
+    so what is measured in HU is to be measured without them. None: neither was."""
+    gamma: Float32[Tensor, " b"] | None = None
     slot: Literal[0, 1]
     kind: Literal["global", "local"]
 

@@ -26,8 +26,8 @@ over lungs of 240, 160 and 200 mm."""
 LATTICE = 4
 """Nodes of an elastic displacement along each axis of a view."""
 MOST_SLOPE = 1 / 8
-"""Of the displacement's standard deviation over what the nodes are apart. The map between two nodes folds where its slope
-is -1, then 5.7 standard deviations off; with 3 mm for views of 24 voxels of 1.5 mm it folded in four of five views."""
+"""Of the displacement's standard deviation over what the nodes are apart. The map between two nodes folds where its
+slope is -1, then 5.7 standard deviations off; with 3 mm for views of 24 voxels of 1.5 mm it folded in four of five."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +239,8 @@ def _sample(crops: CropBatch, kind: Kind, side: int, drawn: list[_Drawn]) -> lis
             valid=valid[i] > 0,
             lung=lung[i] > 0,
             labels=None if labels is None else labels[i],
+            shift_hu=None if one.shift_hu is None else one.shift_hu.to(images[i].device),
+            gamma=None if one.gamma is None else one.gamma.to(images[i].device),
             slot=one.slot,
             kind=kind,
         )

@@ -16,7 +16,15 @@ from lungssl_data.batch import PairBatch, View
 from torch import Tensor, nn
 
 from lungssl_methods.correspondence import token_matches, token_mean
-from lungssl_methods.physics import NON_AERATED_HU, log_jacobian_from_density, tissue_fraction, to_hu
+from lungssl_methods.losses import ratio_to_still
+from lungssl_methods.method import Gather, LocalGather, mean_over_ranks
+from lungssl_methods.physics import (
+    NON_AERATED_HU,
+    log_jacobian_from_density,
+    tissue_fraction,
+    to_hu,
+    undisturbed_hu,
+)
 
 LEAST_LUNG = 0.5
 """Share of lung in a token from which its mean says something of lung."""
@@ -35,8 +43,12 @@ class TokenAir:
 
 
 def token_air(view: View, stride_vox: int) -> TokenAir:
-    """How much tissue each token's lung holds; of no meaning where `lung` is 0."""
-    hu = to_hu(view.image)
+    """How much tissue each token's lung holds, by the view's HU before its own shift and gamma; of no meaning where
+    `lung` is 0."""
+    if view.shift_hu is None or view.gamma is None:
+        hu = to_hu(view.image)
+    else:
+        hu = undisturbed_hu(view.image, shift_hu=view.shift_hu, gamma=view.gamma)
     inside = (view.lung & view.valid)[:, None].float()
     lung = token_mean(inside, stride_vox)[..., 0]
     per_lung = 1.0 / lung.clamp_min(1e-6)
@@ -56,9 +68,10 @@ class _PhaseHead(nn.Module, ABC):
     name: ClassVar[str]
     outputs: ClassVar[int]
 
-    def __init__(self, dim: int, *, stride_vox: int) -> None:
+    def __init__(self, dim: int, *, stride_vox: int, gather: Gather | None = None) -> None:
         super().__init__()
         self.stride_vox = stride_vox
+        self.gather = gather or LocalGather()
         self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, self.outputs))
         nn.init.zeros_(self.net[-1].weight)  # pyright: ignore[reportArgumentType]
         nn.init.zeros_(self.net[-1].bias)  # pyright: ignore[reportArgumentType]
@@ -70,7 +83,8 @@ class _PhaseHead(nn.Module, ABC):
     def forward(self, batch: PairBatch, student: list[Features]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Smooth L1 over tokens with lung on both sides, and its ratio to predicting no change; 0 without any.
 
-        `student` has the features of all the batch's views; samples of one phase count for nothing.
+        `student` has the features of all the batch's views; samples of one phase count for nothing. On several
+        ranks, in `train()`, the ranks' mean of it is the mean over all tokens.
         """
         total, zero, weights = [], [], []
         views = batch.global_views()
@@ -84,9 +98,11 @@ class _PhaseHead(nn.Module, ABC):
                 total.append(F.smooth_l1_loss(predicted, target, reduction="none").mean(-1) * weight)
                 zero.append(F.smooth_l1_loss(torch.zeros_like(target), target, reduction="none").mean(-1) * weight)
                 weights.append(weight)
-        number = torch.cat(weights).sum().clamp_min(1e-6)
-        loss, still = torch.cat(total).sum() / number, torch.cat(zero).sum() / number
-        return loss, {f"{self.name}_vs_no_change": loss.detach() / still.clamp_min(1e-6)}
+        number = torch.cat(weights).sum()
+        if self.training:
+            number = mean_over_ranks(number, self.gather)
+        loss, still = (torch.cat(each).sum() / number.clamp_min(1e-6) for each in (total, zero))
+        return loss, {f"{self.name}_vs_no_change": ratio_to_still(loss, still)}
 
     @torch.no_grad()
     def _target(

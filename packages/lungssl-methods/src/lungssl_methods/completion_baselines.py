@@ -12,6 +12,7 @@ from lungssl_data.batch import PairBatch, View
 from lungssl_data.views import scale_hu
 from torch import Tensor
 
+from lungssl_methods.choices import check_choice
 from lungssl_methods.correspondence import features_at, voxel_of
 from lungssl_methods.physics import compressed_hu, jacobian_of_view_map, to_hu
 
@@ -44,7 +45,11 @@ def copied(
 
 
 def places_mm(batch: PairBatch, first: View, how: Copy) -> Float[Tensor, "b 3 z y x"]:
-    """Where each predictor looks in slot 1's scan for slot 0's voxels, LPS mm; NaN where it doesn't know."""
+    """Where each predictor looks in slot 1's scan for slot 0's voxels, LPS mm; NaN where it doesn't know.
+
+    Raises ValueError for an unknown predictor.
+    """
+    check_choice("places_mm's predictor", how, COPIES)
     if how == "identity":
         return first.coords_mm
     if how == "affine":

@@ -72,7 +72,7 @@ def token_matches(first: View, second: View, stride_vox: int, *, sigma_mm: float
     # Softmax of -d^2 / 2 s^2 relative to the nearest: far ones underflow to 0, the nearest never does.
     weight = torch.exp((nearest.nan_to_num(posinf=0.0).square() - distance.square()) / (2 * sigma_mm**2))
     weight = weight / weight.sum(dim=2, keepdim=True).clamp_min(1e-12)
-    return torch.where(nearest <= _half_diagonal_mm(second, stride_vox), weight, 0.0)
+    return torch.where(nearest <= half_diagonal_mm(second, stride_vox), weight, 0.0)
 
 
 def sample_matches(
@@ -139,7 +139,7 @@ def _partner(view: View) -> Float32[Tensor, "b 3 z y x"]:
     return view.partner_mm
 
 
-def _half_diagonal_mm(view: View, stride_vox: int) -> Float32[Tensor, "b 1 1"]:
+def half_diagonal_mm(view: View, stride_vox: int) -> Float32[Tensor, "b 1 1"]:
     """Half the diagonal of a token, by the mean size of the view's voxels along its own axes."""
     steps = [torch.diff(view.coords_mm, dim=axis).square().sum(1).sqrt().flatten(1).mean(1) for axis in (2, 3, 4)]
     return (torch.stack(steps).square().sum(0).sqrt() * stride_vox / 2)[:, None, None]

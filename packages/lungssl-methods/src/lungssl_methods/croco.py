@@ -19,8 +19,15 @@ from lungssl_ops.patches import patchify
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
+from lungssl_methods.choices import check_choices
 from lungssl_methods.completion_baselines import COPIES, Copy, attention_tre_mm, copied, places_mm
-from lungssl_methods.correspondence import pairs_of_slots, places_in, token_centres_mm, token_mean
+from lungssl_methods.correspondence import (
+    check_correspondences,
+    pairs_of_slots,
+    places_in,
+    token_centres_mm,
+    token_mean,
+)
 from lungssl_methods.cross_decoder import CrossDecoder
 from lungssl_methods.hidden_views import (
     VisibleTokens,
@@ -29,7 +36,7 @@ from lungssl_methods.hidden_views import (
     lung_weight,
     stacked_images,
 )
-from lungssl_methods.losses import mae_loss
+from lungssl_methods.losses import mae_loss, ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
@@ -78,8 +85,9 @@ class Croco(nn.Module):
             return Croco(self, encoder)
 
     def __init__(self, config: Config, encoder: nn.Module) -> None:
-        """Raises ValueError for a module that is no Encoder."""
+        """Raises ValueError for a module that is no Encoder, and for unknown directions or an unknown norm."""
         super().__init__()
+        check_choices("croco", config)
         checked = checked_encoder(encoder)
         self.config = config
         self.encoder = encoder
@@ -102,21 +110,18 @@ class Croco(nn.Module):
         """Loss over hidden voxels; `loss_vs_zero` is its ratio to that of predicting 0, 1 where nothing is learned.
 
         In `eval()` also, for slot 0: `loss_vs_identity`, `_affine`, `_warp` and `_density`, its ratio to that of copies
-        of slot 1 (below 1 is better; normalised per patch as the targets are) on the voxels that the copy knows; and
-        `attention_tre_mm`, of the head that looks nearest (one is enough to copy from the right place), and
-        `attention_tre_mean_mm`, of the last block's mean attention, beside `identity_tre_mm` and `affine_tre_mm`:
-        medians over lung tokens whose place is known.
+        of slot 1 (below 1 is better; normalised per patch as the targets are) on the voxels that the copy knows,
+        `loss_vs_scaled_identity` and so on, to that of the copy times the factor that suits this batch best, which a
+        copy of much that differs needs (0 is predicting nothing); and
+        `attention_tre_mm`, of the head that looks nearest (one is enough to copy from the right place; it is chosen on
+        this very batch, see `head_tre_mm`), and `attention_tre_mean_mm`, of the last block's mean attention, beside
+        `identity_tre_mm` and `affine_tre_mm`: medians over lung tokens whose place is known.
         Figures that nothing is known of are left out. `step` changes nothing.
 
         Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
         """
         pairs = pairs_of_slots(batch)
-        firsts, seconds = ([pair[slot] for pair in pairs] for slot in (0, 1))
-        targets, references = {
-            "both": (firsts + seconds, seconds + firsts),
-            "exhale": (firsts, seconds),
-            "inhale": (seconds, firsts),
-        }[self.config.directions]
+        targets, references = self._sides(pairs)
         image, weight = stacked_images((*targets, *references), "croco").chunk(2)[0], self._weight(targets)
         ratio, unit = self.config.mask_ratio, self.unit_tokens
         host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
@@ -127,14 +132,39 @@ class Croco(nn.Module):
         with torch.no_grad():
             metrics = {
                 "loss": loss.detach(),
-                "loss_vs_zero": loss.detach() / self._loss(torch.zeros_like(predicted), image, mask, weight),
+                "loss_vs_zero": ratio_to_still(loss, self._loss(torch.zeros_like(predicted), image, mask, weight)),
                 "masked_share": mask.float().mean(),
             }
             if not self.training and self.config.directions != "inhale":
-                rows = sum(len(view.image) for view in firsts)
+                rows = sum(len(first.image) for first, _ in pairs)
                 metrics |= self._against_copies(batch, pairs, predicted[:rows], mask[:rows])
                 metrics |= self._tre(batch, pairs, tokens[:rows], memory[:rows])
         return StepOutput(loss=loss, metrics=metrics)
+
+    @torch.no_grad()
+    def head_tre_mm(self, batch: PairBatch) -> Float[Tensor, "blocks heads"]:
+        """Attention-TRE of each head of each block, mm: medians over slot 0's lung tokens whose place is known.
+
+        `attention_tre_mm` is the least of them, so chosen by the answer; for a figure without that, fix the head on
+        some patients and read it off here for others. NaN where no place is known. In `eval()` the masks are those of
+        `forward`.
+
+        Raises ValueError for crops read without correspondences, and where only slot 1 is completed.
+        """
+        check_correspondences(batch, "croco's head_tre_mm")
+        if self.config.directions == "inhale":
+            raise ValueError(
+                "head_tre_mm is of slot 0's tokens, which directions='inhale' doesn't complete; take 'both' or 'exhale'"
+            )
+        pairs = pairs_of_slots(batch)
+        targets, references = self._sides(pairs)
+        image = stacked_images((*targets, *references), "croco").chunk(2)[0]
+        ratio, unit = self.config.mask_ratio, self.unit_tokens
+        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
+        tokens, memory = self._tokens(batch, targets, references, host_mask)
+        rows = sum(len(first.image) for first, _ in pairs)
+        places = self._true_and_looked_mm(pairs)
+        return _each_head_tre_mm(self.decoder.attention(tokens[:rows], memory[:rows]), *places)
 
     def after_optimizer_step(self, step: int) -> None:
         """Nothing moves between steps."""
@@ -142,6 +172,15 @@ class Croco(nn.Module):
     def export_encoder(self) -> nn.Module:
         """The trained encoder."""
         return self.encoder
+
+    def _sides(self, pairs: list[tuple[View, View]]) -> tuple[list[View], list[View]]:
+        """Views to complete, slot 0's first, and what each is completed from."""
+        firsts, seconds = ([pair[slot] for pair in pairs] for slot in (0, 1))
+        return {
+            "both": (firsts + seconds, seconds + firsts),
+            "exhale": (firsts, seconds),
+            "inhale": (seconds, firsts),
+        }[self.config.directions]
 
     def _tokens(
         self, batch: PairBatch, targets: list[View], references: list[View], host_mask: Bool[Tensor, "r n"]
@@ -193,48 +232,72 @@ class Croco(nn.Module):
         for how in COPIES:
             copies = [copied(batch, first, second, how) for first, second in pairs]
             known = weight * torch.cat([there for _, there in copies])
-            hidden = patchify(known[:, None], (self.patch_vox,) * 3).sum(dim=2) > 0
+            hidden = patchify(known[:, None], (self.patch_vox, self.patch_vox, self.patch_vox)).sum(dim=2) > 0
             if not (hidden & mask).any():
                 continue
-            copy = self._copy_patches(torch.cat([values for values, _ in copies]))
-            ours, theirs = (self._loss(one, image, mask, known) for one in (predicted, copy))
-            found[f"loss_vs_{how}"] = ours / theirs
+            copy = self._copy_patches(torch.cat([values for values, _ in copies]), known)
+            ours, theirs, nothing, opposite = (
+                self._loss(one, image, mask, known) for one in (predicted, copy, torch.zeros_like(copy), -copy)
+            )
+            # The loss of `factor` times the copy is nothing - 2 factor product + factor^2 square.
+            product, square = (opposite - theirs) / 4, (opposite + theirs) / 2 - nothing
+            scaled = nothing - product.clamp_min(0.0).square() / square.clamp_min(1e-6)
+            found[f"loss_vs_{how}"] = ours / theirs.clamp_min(1e-6)  # an exact copy costs nothing
+            found[f"loss_vs_scaled_{how}"] = ours / scaled.clamp_min(1e-6)
         return found
 
-    def _copy_patches(self, image: Float[Tensor, "r 1 z y x"]) -> Float[Tensor, "r n p"]:
-        patches = patchify(image.float(), (self.patch_vox,) * 3)
+    def _copy_patches(
+        self, image: Float[Tensor, "r 1 z y x"], known: Float[Tensor, "r z y x"]
+    ) -> Float[Tensor, "r n p"]:
+        """Patches as `masked_patch_mse` normalises its targets: by their voxels of positive weight.
+
+        By all voxels a perfect copy of which a part is known would differ from its target.
+        """
+        patch = (self.patch_vox, self.patch_vox, self.patch_vox)
+        patches = patchify(image.float(), patch)
         if self.config.norm == "none":
             return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return (patches - mean) * variance.clamp_min(self.config.variance_floor).rsqrt()
+        counted = (patchify(known[:, None], patch) > 0).float()
+        count = counted.sum(dim=-1, keepdim=True)
+        centred = patches - (patches * counted).sum(dim=-1, keepdim=True) / count.clamp_min(1.0)
+        variance = (centred.square() * counted).sum(dim=-1, keepdim=True) / (count - 1.0).clamp_min(1.0)
+        return centred * variance.clamp_min(self.config.variance_floor).rsqrt()
 
     def _tre(
         self, batch: PairBatch, pairs: list[tuple[View, View]], tokens: Tensor, memory: Tensor
     ) -> dict[str, Tensor]:
         if pairs[0][0].partner_mm is None:
             return {}
-        in_lung, truth, looked = [], [], []
-        starts: dict[Copy, list[Tensor]] = {"identity": [], "affine": []}
-        for first, second in pairs:
-            in_lung.append(token_mean(first.lung[:, None].float(), self.patch_vox)[..., 0] > 0.5)
-            truth.append(places_in(first, second, self.patch_vox))
-            looked.append(token_centres_mm(second, self.patch_vox))
-            for how, places in starts.items():
-                places.append(token_mean(places_mm(batch, first, how), self.patch_vox))
-        true_mm = torch.cat(truth)
-        true_mm = torch.where(torch.cat(in_lung)[..., None], true_mm, torch.nan)
+        true_mm, memory_mm = self._true_and_looked_mm(pairs)
         there = true_mm.isfinite().all(dim=-1)
         if not there.any():
             return {}
-        weights, memory_mm = self.decoder.attention(tokens, memory), torch.cat(looked)
-        heads = [attention_tre_mm(one, memory_mm, true_mm) for one in weights.transpose(1, 2).flatten(0, 1)]
+        weights = self.decoder.attention(tokens, memory)
         found = {
-            "attention_tre_mm": torch.stack(heads).min(),
+            "attention_tre_mm": _each_head_tre_mm(weights, true_mm, memory_mm).min(),
             "attention_tre_mean_mm": attention_tre_mm(weights[-1].mean(dim=1), memory_mm, true_mm),
         }
-        for how, places in starts.items():
-            found[f"{how}_tre_mm"] = torch.linalg.vector_norm(torch.cat(places) - true_mm, dim=-1)[there].median()
+        starts: tuple[Copy, ...] = ("identity", "affine")
+        for how in starts:
+            start_mm = torch.cat([token_mean(places_mm(batch, first, how), self.patch_vox) for first, _ in pairs])
+            found[f"{how}_tre_mm"] = torch.linalg.vector_norm(start_mm - true_mm, dim=-1)[there].median()
         return found
+
+    def _true_and_looked_mm(
+        self, pairs: list[tuple[View, View]]
+    ) -> tuple[Float[Tensor, "r n 3"], Float[Tensor, "r m 3"]]:
+        """Places in slot 1's scan: of slot 0's tokens, NaN outside of the lung or not known, and of slot 1's."""
+        lungs = [token_mean(first.lung[:, None].float(), self.patch_vox) > 0.5 for first, _ in pairs]
+        true_mm = torch.cat([places_in(first, second, self.patch_vox) for first, second in pairs])
+        looked_mm = torch.cat([token_centres_mm(second, self.patch_vox) for _, second in pairs])
+        return torch.where(torch.cat(lungs), true_mm, torch.nan), looked_mm
+
+
+def _each_head_tre_mm(
+    weights: Float[Tensor, "blocks r heads n m"], true_mm: Float[Tensor, "r n 3"], memory_mm: Float[Tensor, "r m 3"]
+) -> Float[Tensor, "blocks heads"]:
+    heads = [attention_tre_mm(one, memory_mm, true_mm) for one in weights.transpose(1, 2).flatten(0, 1)]
+    return torch.stack(heads).view(weights.shape[0], weights.shape[2])
 
 
 def encoded_positions(place: Float[Tensor, "b n 3"], width: int) -> Float[Tensor, "b n w"]:

@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from lungssl_backbones.encoder import Features, token_grid
 from lungssl_data.batch import PairBatch, StepOutput, View
 from torch import Tensor, nn
 
 from lungssl_methods.auto import Auto, BaseRate, RunSize, auto_momentum, auto_prototypes
+from lungssl_methods.choices import check_choices
+from lungssl_methods.correspondence import token_mean
 from lungssl_methods.distillation import Centering, Distillation, DistillationConfig
 from lungssl_methods.masking import MASK_WIDTH_VOX, varied_block_masks
-from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
-from lungssl_methods.pairing import PairPolicy, pair_weight, policy_weights, slot_pair_weight
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, mean_over_ranks
+from lungssl_methods.pairing import PairPolicy, measured_views, pair_weight, policy_weights, slot_pair_weight
 from lungssl_methods.regularisers import gram, koleo
 from lungssl_methods.schedules import cosine_momentum, linear_warmup_then_constant
 from lungssl_methods.teacher import follow, slow_copy
@@ -127,8 +129,9 @@ class Dino(nn.Module):
     def __init__(
         self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int, gather: Gather
     ) -> None:
-        """Raises ValueError for a module that is no Encoder or an impossible pair policy."""
+        """Raises ValueError for a module that is no Encoder, an impossible pair policy, or an unknown choice."""
         super().__init__()
+        check_choices("dino", config)
         policy_weights(config.pairs)
         checked = checked_encoder(encoder)
         run = RunSize(effective_batch=effective_batch, total_steps=total_steps, patients=0)
@@ -174,12 +177,14 @@ class Dino(nn.Module):
         The student has learned to match the teacher where the KL is small; with small loss and entropy near 0, or
         entropy near 1, it has collapsed. `embedding_std` is the spread of L2-normalised embeddings times sqrt(dim): 1
         for directions all over the sphere, 0 where every crop looks the same. `patch_loss_lnk` is iBOT's, per hidden
-        token. In `eval()`, `prototypes_used` is the perplexity of the mean target.
+        token. In `eval()`, `prototypes_used` is the perplexity of the mean target. Views and tokens without one
+        measured voxel count for nothing, also as neighbours or in averages.
         """
         config = self.config
         weight = pair_weight(batch, config.pairs)
         temperature = self.teacher_temperature(step)
         views = batch.global_views()
+        measured = measured_views(views)
         mask = self._mask(views) if config.patch_weight > 0 else None
         student = encode_views(self.encoder, batch.views, mask=mask)
         with torch.no_grad():
@@ -193,36 +198,42 @@ class Dino(nn.Module):
         targets = self.summary_part(torch.stack([one.embedding() for one in teacher]))
         loss, teacher_entropy = self.summary(self.summary_part(embeddings), targets, weight, **distil)
         with torch.no_grad():
-            teacher_share = weight.sum(dim=0) / weight.sum()
+            teacher_share = weight.sum(dim=0) / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
             entropy = (teacher_share * teacher_entropy).sum()
             ln_k = math.log(self.prototypes)
             metrics = {
                 "loss_lnk": loss.detach() / ln_k,
                 "teacher_entropy_lnk": entropy / ln_k,
                 "teacher_kl_lnk": (loss.detach() - entropy) / ln_k,
-                "embedding_std": direction_spread(embeddings[: len(teacher)]),
+                "embedding_std": direction_spread(embeddings[: len(teacher)], valid=measured),
                 "ema_momentum": torch.tensor(self.momentum(step)),
                 "teacher_temperature": torch.tensor(temperature),
             }
             if not self.training:
-                metrics["prototypes_used"] = self.summary.prototypes_used(targets, temperature)
+                metrics["prototypes_used"] = self.summary.prototypes_used(targets, weight.any(dim=0), temperature)
         total = loss
         if mask is not None:
-            patch = self._patch_loss(student, teacher, mask, distil)
-            # As iBOT: averaged over all views, masked or not.
-            total = total + config.patch_weight * patch * mask.any(dim=1).float().mean()
+            seen = torch.cat([token_mean(view.valid[:, None].float(), self.stride_vox)[..., 0] > 0 for view in views])
+            patch = self._patch_loss(student, teacher, mask & seen, distil)
+            # As iBOT: averaged over all views, masked or not, of all ranks.
+            number = torch.stack([part.any(dim=1).float().sum() for part in (mask & seen, seen)])
+            masked, all_views = mean_over_ranks(number, self.gather) if self.training else number
+            total = total + config.patch_weight * patch * (masked / all_views.clamp_min(1e-6))
             metrics["patch_loss_lnk"] = patch.detach() / ln_k
         if config.koleo_weight > 0:
             patient = self.gather.rows(batch.patient)
-            if len(patient.unique()) >= KOLEO_FROM_PATIENTS:
+            valid = self.gather.rows(measured.T).T
+            if len(patient[valid.any(dim=0)].unique()) >= KOLEO_FROM_PATIENTS:
                 rows = [self.gather.rows(one) for one in embeddings[: len(teacher)]]
-                spread = torch.stack([koleo(one, patient) for one in rows]).mean()
+                spreads = [koleo(one, patient, valid=there) for one, there in zip(rows, valid, strict=True)]
+                spread = torch.stack(spreads).mean()
                 total = total + config.koleo_weight * spread
                 metrics["koleo"] = spread.detach()
         if self.anchor is not None and step >= self._refresh_steps():
             with torch.no_grad():
                 kept = encode_views(self.anchor, views)
-            drift = torch.stack([gram(a.tokens, b.tokens) for a, b in zip(student, kept, strict=False)]).mean()
+            pairs = zip(student[: len(kept)], kept, measured, strict=True)
+            drift = torch.stack([gram(a.tokens, b.tokens, valid=there) for a, b, there in pairs]).mean()
             total = total + config.gram_weight * drift
             metrics["gram"] = drift.detach()
         for name, (scale, term) in self.more_terms(batch, student, teacher, distil).items():
@@ -300,10 +311,19 @@ class Dino(nn.Module):
     ) -> Float[Tensor, ""]:
         """Mean over masked views of the mean over their hidden tokens (Zhou et al. 2022, eq. 2)."""
         assert self.patches is not None
-        hidden = [torch.cat([one.tokens for one in side[: len(teacher)]])[mask] for side in (student, teacher)]
-        weight = (1.0 / mask.sum(dim=1).clamp_min(1))[:, None].expand_as(mask)[mask]
-        loss, _ = self.patches(hidden[0][None], hidden[1][None], weight[None, None], **distil)
+        weight = (mask / mask.sum(dim=1, keepdim=True).clamp_min(1)).flatten()
+        found = weighted_rows(weight)
+        sides = (torch.cat([one.tokens for one in side[: len(teacher)]]) for side in (student, teacher))
+        rows, targets = (tokens.flatten(0, 1)[found][None] for tokens in sides)
+        loss, _ = self.patches(rows, targets, weight[found][None, None], **distil)
         return loss
+
+
+def weighted_rows(weight: Float[Tensor, " n"]) -> Int64[Tensor, " k"]:
+    """Indices of rows of positive weight; of the first row where none has any, so that a loss keeps a gradient of 0:
+    distributed training waits for every parameter's."""
+    found = weight.nonzero()[:, 0]
+    return found if len(found) > 0 else found.new_zeros(1)
 
 
 def _auto_centering(run: RunSize) -> Auto:

@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from lungssl_ops.prototype_ce import centering_bias, mean_logits, prototype_cross_entropy, sinkhorn_bias
 from torch import Tensor, nn
 
+from lungssl_methods.choices import check_choices
 from lungssl_methods.losses import update_centre
-from lungssl_methods.method import Gather
+from lungssl_methods.method import Gather, mean_over_ranks
 from lungssl_methods.moments import RunningMoments
 from lungssl_methods.teacher import slow_copy
 
@@ -31,7 +32,9 @@ class DistillationConfig:
     centre_momentum: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a momentum with which centre and moments would never move, or run away."""
+        """Raises ValueError for a momentum with which centre and moments would never move, or run away, and for an
+        unknown centring."""
+        check_choices("distillation", self)
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(
                 f"centre_momentum must be at least 0 and below 1, got {self.centre_momentum}; DINO has 0.9"
@@ -65,14 +68,14 @@ class PrototypeHead(nn.Module):
         embedding: Float[Tensor, "v b d"],
         moments: tuple[RunningMoments, RunningMoments],
         *,
-        collect: bool = False,
+        collect: Bool[Tensor, "v b"] | None = None,
     ) -> Float32[Tensor, "v b bottleneck"]:
-        """What meets the prototypes; `moments` standardise the MLP's input and output, and count it if `collect`."""
+        """What meets the prototypes; `moments` standardise the MLP's input and output, and count the rows `collect`."""
         before, after = moments
         bottleneck = self.mlp(before(embedding))
-        if collect:
-            before.collect(embedding)
-            after.collect(bottleneck)
+        if collect is not None:
+            before.collect(embedding, collect)
+            after.collect(bottleneck, collect)
         return F.normalize(after(bottleneck), dim=-1)
 
     def directions(self, *, frozen: bool = False) -> Float32[Tensor, "k bottleneck"]:
@@ -103,6 +106,7 @@ class Distillation(nn.Module):
 
     centre: Float32[Tensor, " k"]
     _logit_sum: Float32[Tensor, " k"]
+    _rows: Float32[Tensor, ""]
 
     def __init__(self, dim: int, config: DistillationConfig, gather: Gather) -> None:
         super().__init__()
@@ -117,7 +121,7 @@ class Distillation(nn.Module):
         self.register_buffer("centre", torch.zeros(config.prototypes))
         # Teacher logits summed since the last optimizer step, and their rows: none whenever a checkpoint is taken.
         self.register_buffer("_logit_sum", torch.zeros(config.prototypes), persistent=False)
-        self._rows = 0
+        self.register_buffer("_rows", torch.zeros(()), persistent=False)
 
     def train(self, mode: bool = True) -> "Distillation":
         """The teacher stays in evaluation mode."""
@@ -139,45 +143,53 @@ class Distillation(nn.Module):
         student_temperature: float,
         teacher_temperature: float,
         frozen: bool = False,
-        count: bool = True,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "t b"]]:
         """Weighted mean cross-entropy of embeddings, and the teacher's entropy of each row, in nats.
 
-        In `train()` the teacher's rows count towards the next `update`, unless `count` is false. `frozen` prototypes
-        get a gradient of 0.
+        Teacher's rows in no pair of any weight say nothing of a scan: they are kept out of Sinkhorn's shares and, in
+        `train()`, of what the next `update` counts. Without a pair the loss is 0, with a gradient of 0. On several
+        ranks, in `train()`, the ranks' mean of it is the mean over all pairs. `frozen` prototypes get a gradient of 0.
         """
+        if weight.ndim == 2:
+            weight = weight[:, :, None].expand(-1, -1, student.shape[1])
+        counted, own = (weight > 0).any(dim=0), weight.sum()
         rows = self.student.rows(student, self.moments)
         directions = self.student.directions(frozen=frozen)
-        counted = count and self.training
         with torch.no_grad():
-            targets = self.teacher.rows(teacher, self.moments, collect=counted)
+            targets = self.teacher.rows(teacher, self.moments, collect=counted if self.training else None)
             prototypes = self.teacher.directions()
-            bias = self._bias(targets, prototypes, teacher_temperature)
-            if counted:
-                number = targets.shape[0] * targets.shape[1]
-                self._logit_sum += number * mean_logits(targets, prototypes)
-                self._rows += number
+            bias = self._bias(targets, counted, prototypes, teacher_temperature)
+            if self.training:
+                self._logit_sum += counted.numel() * mean_logits(targets * counted[..., None], prototypes)
+                self._rows += counted.sum()
+        # Where all weights are 0 their mean would be NaN, and so would 0 times it.
+        some = torch.where(own > 0, weight, torch.ones_like(weight))
         loss, entropy = prototype_cross_entropy(
             rows,
             targets,
             directions,
             prototypes,
-            weight,
+            some,
             bias=bias,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
         )
-        return loss, entropy
+        whole = mean_over_ranks(own, self.gather) if self.training else own
+        tiny = torch.finfo(own.dtype).tiny
+        return loss * (own / whole.clamp_min(tiny)), entropy
 
     @torch.no_grad()
-    def prototypes_used(self, teacher: Float[Tensor, "t b d"], temperature: float) -> Float32[Tensor, ""]:
-        """exp of the entropy of the mean target over these rows: 1 where one prototype takes all of them.
+    def prototypes_used(
+        self, teacher: Float[Tensor, "t b d"], counted: Bool[Tensor, "t b"], temperature: float
+    ) -> Float32[Tensor, ""]:
+        """exp of the entropy of the mean target over the rows `counted`: 1 where one prototype takes all of them.
 
         It makes all targets at once, so it is for held-out batches.
         """
-        rows, prototypes = self.teacher.rows(teacher, self.moments).flatten(0, 1), self.teacher.directions()
-        logits = rows.float() @ prototypes.T / temperature + self._bias(rows[None], prototypes, temperature)
-        return torch.special.entr(logits.softmax(dim=-1).mean(dim=0)).sum().exp()
+        rows, prototypes = self.teacher.rows(teacher, self.moments), self.teacher.directions()
+        bias = self._bias(rows, counted, prototypes, temperature)
+        targets = (rows.float() @ prototypes.T / temperature + bias).softmax(dim=-1) * counted[..., None]
+        return torch.special.entr(targets.sum(dim=(0, 1)) / counted.sum().clamp_min(1)).sum().exp()
 
     def unbiased_centre(self) -> Float32[Tensor, " k"]:
         """The centre without its start-up bias towards 0, as Adam's averages: right from the first update on.
@@ -192,9 +204,8 @@ class Distillation(nn.Module):
 
         Without a row they stay.
         """
-        rows = torch.tensor(float(self._rows), device=self.centre.device)
         momentum = self.config.centre_momentum
-        self.centre = update_centre(self.centre, self._logit_sum, rows, momentum=momentum, gather=self.gather)
+        self.centre = update_centre(self.centre, self._logit_sum, self._rows, momentum=momentum, gather=self.gather)
         for moments in self.moments:
             moments.update(self.gather)
         self.forget()
@@ -204,15 +215,21 @@ class Distillation(nn.Module):
         for moments in self.moments:
             moments.forget()
         self._logit_sum.zero_()
-        self._rows = 0
+        self._rows.zero_()
 
     def _bias(
-        self, rows: Float[Tensor, "t b d"], prototypes: Float[Tensor, "k d"], temperature: float
+        self,
+        rows: Float[Tensor, "t b d"],
+        counted: Bool[Tensor, "t b"],
+        prototypes: Float[Tensor, "k d"],
+        temperature: float,
     ) -> Float[Tensor, " k"]:
         if self.config.centering == "ema":
             return centering_bias(self.unbiased_centre(), temperature)
-        return sinkhorn_bias(rows, prototypes, temperature=temperature, over_ranks=self._logsumexp_over_ranks)
+        over_ranks = self._logsumexp_over_ranks
+        return sinkhorn_bias(rows[counted], prototypes, temperature=temperature, over_ranks=over_ranks)
 
     def _logsumexp_over_ranks(self, value: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """By one sum: cosines over a temperature are far from overflow in float64."""
-        return self.gather.sum(value.double().exp()).log().to(value.dtype)
+        """By one sum: cosines over a temperature are far from overflow in float64. 0 where no rank has a row."""
+        total = self.gather.sum(value.double().exp())
+        return torch.where(total > 0, total, 1.0).log().to(value.dtype)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate, RunSize, auto_momentum
 from lungssl_methods.block_targets import sample_blocks
+from lungssl_methods.choices import check_choices
 from lungssl_methods.correspondence import token_mean
 from lungssl_methods.hidden_views import check_global_views_only, stacked_images
 from lungssl_methods.latent import LatentPredictor, latent_loss, latent_targets, take, target_std
+from lungssl_methods.losses import ratio_to_still
 from lungssl_methods.mae import sincos_positions
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 from lungssl_methods.schedules import cosine_momentum
@@ -76,8 +78,9 @@ class Jepa(nn.Module):
             return Jepa(self, encoder, total_steps=total_steps, effective_batch=effective_batch)
 
     def __init__(self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int) -> None:
-        """Raises ValueError for a module that is no Encoder, or one that cannot encode some of its tokens."""
+        """Raises ValueError for a module that is no Encoder or cannot encode some of its tokens, or an unknown norm."""
         super().__init__()
+        check_choices("jepa", config)
         checked = keeping_encoder(encoder, "jepa")
         config, _ = config.settled(RunSize(effective_batch=effective_batch, total_steps=total_steps, patients=0))
         assert config.momentum is not None
@@ -137,7 +140,7 @@ class Jepa(nn.Module):
             zero_loss = latent_loss(torch.zeros_like(target), target, weight, norm=config.norm)
             metrics = {
                 "loss": loss.detach(),
-                "loss_vs_zero": loss.detach() / zero_loss.clamp_min(1e-6),
+                "loss_vs_zero": ratio_to_still(loss, zero_loss),
                 "target_std": target_std(everywhere),
                 "context_share": torch.tensor(context.shape[1] / place.shape[0]),
                 "ema_momentum": torch.tensor(self.momentum(step)),

@@ -5,12 +5,14 @@ layer-normed EMA features); L1 is V-JEPA 2's (Assran et al. 2025, https://arxiv.
 Axes: b crops, k context tokens, m target tokens, d encoder features, w predictor width.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
+
+from lungssl_methods.choices import check_choice
 
 LatentNorm = Literal["smooth_l1", "l1"]
 
@@ -73,8 +75,9 @@ def latent_loss(
     """Mean over tokens, by weight, of the channels' mean |error| or smooth-L1 of it (quadratic below 1).
 
     Of targets that are unit Gaussian, predicting 0 costs sqrt(2 / pi) = 0.798, smooth-L1 0.424. 0, with a gradient of
-    0, where all weights are.
+    0, where all weights are. Raises ValueError for an unknown norm.
     """
+    check_choice("latent_loss's norm", norm, get_args(LatentNorm))
     error = F.l1_loss if norm == "l1" else F.smooth_l1_loss
     each = error(predicted.float(), target, reduction="none").mean(dim=-1)
     return (each * weight).sum() / weight.sum().clamp_min(1e-6)

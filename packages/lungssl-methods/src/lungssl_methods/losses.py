@@ -78,5 +78,13 @@ def mae_loss(
     return masked_patch_mse(pred, target, mask, weight, norm=norm, variance_floor=variance_floor)
 
 
+def ratio_to_still(loss: Float[Tensor, ""], still: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """`loss` over that of predicting no change, without gradient; 1 where that is 0 and nothing was there to learn.
+
+    A held-out batch of plain air must not make a run's mean NaN, nor 0, which would be perfect.
+    """
+    return torch.where(still > 1e-6, loss / still.clamp_min(1e-6), 1.0).detach()
+
+
 def _float32_at_least(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,6 +17,7 @@ from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
+from lungssl_methods.choices import check_choices
 from lungssl_methods.hidden_views import (
     VisibleTokens,
     check_global_views_only,
@@ -24,7 +25,7 @@ from lungssl_methods.hidden_views import (
     lung_weight,
     stacked_images,
 )
-from lungssl_methods.losses import mae_loss
+from lungssl_methods.losses import mae_loss, ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
@@ -67,8 +68,9 @@ class Mae(nn.Module):
             return Mae(self, encoder)
 
     def __init__(self, config: Config, encoder: nn.Module) -> None:
-        """Raises ValueError for a module that is no Encoder."""
+        """Raises ValueError for a module that is no Encoder, and for an unknown norm."""
         super().__init__()
+        check_choices("mae", config)
         checked = checked_encoder(encoder)
         self.config = config
         self.encoder = encoder
@@ -113,7 +115,7 @@ class Mae(nn.Module):
             zero_loss = self._loss(torch.zeros_like(pred), image, mask, weight)
         metrics = {
             "loss": loss.detach(),
-            "loss_vs_zero": loss.detach() / zero_loss,
+            "loss_vs_zero": ratio_to_still(loss, zero_loss),
             "masked_share": mask.float().mean(),
         }
         return StepOutput(loss=loss, metrics=metrics)

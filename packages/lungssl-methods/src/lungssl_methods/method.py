@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Shaped
 from lungssl_backbones.encoder import Encoder
 from lungssl_data.batch import PairBatch, StepOutput
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 
-__all__ = ["Gather", "LocalGather", "Method", "StepOutput", "ViewCounts", "checked_encoder"]
+__all__ = ["Gather", "LocalGather", "Method", "StepOutput", "ViewCounts", "checked_encoder", "mean_over_ranks"]
 
 
 @runtime_checkable
@@ -42,6 +43,16 @@ class LocalGather:
         return value
 
 
+def mean_over_ranks(value: Float[Tensor, "*shape"], gather: Gather) -> Float[Tensor, "*shape"]:
+    """The mean of all ranks' values, without gradient; every rank must call it.
+
+    A weighted mean divided by this mean of the ranks' weights, and not by its own weight, is right once DDP takes the
+    ranks' mean: a rank with more lung counts more.
+    """
+    total = gather.sum(torch.cat([value.detach().flatten(), value.new_ones(1)]))
+    return (total[:-1] / total[-1]).reshape(value.shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewCounts:
     """Views per slot and sample; the arguments of `check_views`."""
@@ -70,8 +81,8 @@ class Method(Protocol):
     not where voxels are predicted."""
     batch_separable: bool
     """Whether the loss of a batch is the mean of its samples' losses, so that accumulated micro-batches give the
-    gradient of one batch (where as much of each is measured). Methods that compare samples with each other say False:
-    with them accumulation would be a smaller batch. On several ranks all are right, through `gather`."""
+    gradient of one batch (where as much of each is measured, and is lung). Methods that compare samples with each other
+    say False: with them accumulation would be a smaller batch. On several ranks they are right, through `gather`."""
     encoder: nn.Module
     """The encoder being trained."""
 

@@ -1,7 +1,7 @@
 """Mean and spread of embeddings over the crops of recent steps."""
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor, nn
 
 from lungssl_methods.method import Gather
@@ -27,10 +27,13 @@ class RunningMoments(nn.Module):
         self.register_buffer("_pending", torch.zeros(3, dim, dtype=torch.float64), persistent=False)
 
     @torch.no_grad()
-    def collect(self, x: Float[Tensor, "*rows d"]) -> None:
-        """Count rows towards the next update."""
+    def collect(self, x: Float[Tensor, "*rows d"], counted: Bool[Tensor, "*rows"] | None = None) -> None:
+        """Count rows towards the next update: all, or those `counted`."""
         rows = x.detach().double().flatten(0, -2)  # float32 loses a spread of 1e-3 of the mean in E[x^2] - E[x]^2
-        self._pending += torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+        number = torch.full_like(rows[0], len(rows))
+        if counted is not None:  # by zeros and not by an index, for which the host would wait for the device
+            rows, number = torch.where(counted.flatten()[:, None], rows, 0.0), number * counted.double().mean()
+        self._pending += torch.stack([number, rows.sum(0), rows.square().sum(0)])
 
     @torch.no_grad()
     def update(self, gather: Gather) -> None:

@@ -114,7 +114,7 @@ class LearningCheck:
         divergences = [e.teacher_kl_lnk for e in history if e.teacher_kl_lnk is not None]
         if divergences:
             start, end = self._start_and_end(divergences, steps)
-            fall = (start - end) / start
+            fall = (start - end) / start if start else 0.0  # a student that equals its teacher has nothing to learn
             sentence += f", KL(teacher, student) from {start:.3f} to {end:.3f} ln k ({-fall:+.0%})"
             if not fall >= self.kl_margin:
                 return False, f"{sentence}, needed is {-self.kl_margin:+.0%} or less"

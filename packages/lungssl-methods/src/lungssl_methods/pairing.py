@@ -5,11 +5,12 @@ and mixed self-distillation the same method: a pair of views of different slots 
 has both phases, and a pair of crops of one scan where it has one.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float32
-from lungssl_data.batch import PairBatch
+from jaxtyping import Bool, Float32
+from lungssl_data.batch import PairBatch, View
 from torch import Tensor
 
 PairPolicy = Literal["all", "cross", "within"] | tuple[float, float]
@@ -63,6 +64,11 @@ def pair_weight(batch: PairBatch, policy: PairPolicy) -> Float32[Tensor, "s t b"
     if "global" in kinds[teachers:]:
         raise ValueError(f"global views must come before local ones, got {kinds}; make views with ViewConfig.build()")
     slots = [int(view.slot) for view in batch.views]
-    measured = torch.stack([view.valid.flatten(1).any(dim=1) for view in batch.views]).float()
+    measured = measured_views(batch.views).float()
     weight = slot_pair_weight(slots, slots[:teachers], policy).to(measured.device)
     return weight[:, :, None] * measured[:, None] * measured[None, :teachers]
+
+
+def measured_views(views: Sequence[View]) -> Bool[Tensor, "v b"]:
+    """Whether anything was measured in each view of each sample: a crop that fell into padding says nothing."""
+    return torch.stack([view.valid.flatten(1).any(dim=1) for view in views])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.auxiliary import AUXILIARY
 from lungssl_methods.correspondence import check_correspondences, token_matches, token_mean
-from lungssl_methods.dino import Dino, Distil
+from lungssl_methods.dino import Dino, Distil, weighted_rows
 from lungssl_methods.distillation import Distillation
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 
@@ -73,7 +73,7 @@ class PhaseDino(Dino):
         self.sigma_mm = 0.5 * spacing_mm if config.match_sigma_mm is None else config.match_sigma_mm
         self.dense = Distillation(self.invariant_dim, self.head_config, gather) if config.dense_weight > 0 else None
         self.auxiliary = nn.ModuleDict(
-            {name: AUXILIARY[name](free, stride_vox=self.stride_vox) for name in self.auxiliary_weights}
+            {name: AUXILIARY[name](free, stride_vox=self.stride_vox, gather=gather) for name in self.auxiliary_weights}
         )
 
     def forward(self, batch: PairBatch, step: int) -> StepOutput:
@@ -139,10 +139,7 @@ class PhaseDino(Dino):
                     lung.append(share)
                 rows.append(student[i].tokens[..., : self.invariant_dim])
         weight, total = torch.cat(weights).flatten(), torch.cat(lung).sum()
-        found = weight.nonzero()[:, 0]
-        matched = len(found) > 0
-        if not matched:  # a gradient of 0 and not none, as distributed training waits for every parameter's
-            found, weight = found.new_zeros(1), torch.ones_like(weight)
+        found = weighted_rows(weight)
         row, target = (torch.cat(parts).flatten(0, 1)[found][None] for parts in (rows, targets))
-        loss, _ = self.dense(row, target, weight[found][None, None], count=matched, **distil)
-        return loss * float(matched), torch.cat(weights).sum() / total.clamp_min(1e-6)
+        loss, _ = self.dense(row, target, weight[found][None, None], **distil)
+        return loss, torch.cat(weights).sum() / total.clamp_min(1e-6)

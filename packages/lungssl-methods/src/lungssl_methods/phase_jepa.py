@@ -17,6 +17,7 @@ from lungssl_data.batch import PairBatch, StepOutput, View
 from torch import Tensor, nn
 
 from lungssl_methods.auto import RunSize, auto_momentum
+from lungssl_methods.choices import check_choices
 from lungssl_methods.hidden_views import check_global_views_only
 from lungssl_methods.jepa import Jepa, keeping_encoder, stacked_views
 from lungssl_methods.latent import (
@@ -26,6 +27,7 @@ from lungssl_methods.latent import (
     take,
     target_std,
 )
+from lungssl_methods.losses import ratio_to_still
 from lungssl_methods.mae import sincos_positions
 from lungssl_methods.masking import random_block_masks, visible_indices
 from lungssl_methods.method import Gather, LocalGather, ViewCounts
@@ -91,8 +93,9 @@ class PhaseJepa(nn.Module):
     def __init__(
         self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int, gather: Gather
     ) -> None:
-        """Raises ValueError for a module that is no Encoder, or one that cannot encode some of its tokens."""
+        """Raises ValueError for a module that is no Encoder or cannot encode some of its tokens, or an unknown norm."""
         super().__init__()
+        check_choices("phase_jepa", config)
         checked = keeping_encoder(encoder, "phase_jepa")
         if not 0 <= config.within_weight <= 1:
             raise ValueError(f"within_weight must be in [0, 1], got {config.within_weight}; across has the rest")
@@ -164,7 +167,7 @@ class PhaseJepa(nn.Module):
         for name, (predicted, wanted, weight) in terms.items():
             losses[name] = latent_loss(predicted, wanted, weight, norm=config.norm)
             zero = latent_loss(torch.zeros_like(wanted), wanted, weight, norm=config.norm)
-            metrics[f"{name}_loss_vs_zero"] = losses[name].detach() / zero.clamp_min(1e-6)
+            metrics[f"{name}_loss_vs_zero"] = ratio_to_still(losses[name], zero)
         variance, covariance = config.floor_weights
         rows = self.gather.rows(context.flatten(0, 1))
         hinge, off_diagonal = spread_terms(rows)

@@ -23,6 +23,19 @@ def to_hu(image: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return low + (high - low) * image.float()
 
 
+def undisturbed_hu(
+    image: Float[Tensor, "b c z y x"], *, shift_hu: Float[Tensor, " b"], gamma: Float[Tensor, " b"]
+) -> Float[Tensor, "b c z y x"]:
+    """HU of a view before its own shift and gamma (`lungssl_ops.ct_views`); its noise and what the window clipped stay.
+
+    Absolute density is the signal of C4 and C5 (`ssl.md` E8). With gamma from 0.9 to 1.1 and shifts up to 10 HU, drawn
+    per view, ln J of lung at -850 HU errs by a standard deviation of 0.19, where expansion is 0.1 to 0.5; undone, by
+    0.006 (means of 512 voxels, noise up to 25 HU).
+    """
+    each = (-1, 1, 1, 1, 1)
+    return to_hu(image.float() ** (1.0 / gamma.view(each))) - shift_hu.view(each)
+
+
 def tissue_fraction(hu: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Share of a voxel that is not air: (HU + 1000) / 1000, clipped to FRACTION."""
     return ((hu + 1000.0) / 1000.0).clamp(*FRACTION)

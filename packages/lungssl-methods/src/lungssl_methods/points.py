@@ -10,7 +10,7 @@ from lungssl_backbones.encoder import Encoder, Features
 from lungssl_data.batch import View
 from torch import Tensor
 
-from lungssl_methods.correspondence import features_at, sample_matches
+from lungssl_methods.correspondence import Matches, features_at, sample_matches
 from lungssl_methods.method import Gather
 
 
@@ -42,7 +42,12 @@ def point_pairs(
 
     Raises ValueError as `correspondence.sample_matches`.
     """
-    matches = sample_matches(*views, count, generator=generator)
+    return matched_points(sample_matches(*views, count, generator=generator), features, strides_vox)
+
+
+def matched_points(matches: Matches, features: tuple[Features, Features], strides_vox: Sequence[int]) -> PointPairs:
+    """What two views' pyramids say at matches of their own."""
+    count = matches.valid.shape[1]
     place = torch.where(matches.valid[..., None], matches.second_mm, torch.nan)
     sample = torch.arange(len(place), device=place.device).repeat_interleave(count)
     # Not by matrix products: at 300 mm from the origin they make a point 0.1 mm from itself.

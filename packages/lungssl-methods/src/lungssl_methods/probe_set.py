@@ -77,7 +77,7 @@ class ProbeSet:
                 first.setdefault(patient, (of_slot[0][row], of_slot[1][row], paired))
         if len(first) < 2:
             return {}
-        one, other = (torch.stack([entry[slot] for entry in first.values()]) for slot in (0, 1))
+        one, other = (torch.stack(side) for side in zip(*((a, b) for a, b, _ in first.values()), strict=True))
         found = paired_retrieval(one, other)
         figures = {"retrieval_top1": found.top1, "retrieval_mrr": found.mrr}
         if all(paired for _, _, paired in first.values()):

@@ -1,8 +1,8 @@
 """SimCLR over paired scans: two global views of a patient are told from all views of other patients.
 
 Source: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Differs from it: which views are positives is a policy over
-slots (see `pairing`); no view of the same patient is ever a negative. Negatives are those of one forward: gradient
-accumulation and further ranks add none, so the batch of one process sets how hard the task is.
+slots (see `pairing`); no view of the same patient is ever a negative. Negatives are those of one forward on all ranks:
+further ranks add some, gradient accumulation adds none, so the samples of one forward set how hard the task is.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
+from lungssl_methods.choices import check_choices
 from lungssl_methods.contrast import chance_nats, nt_xent
 from lungssl_methods.dino import encode_views
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
-from lungssl_methods.pairing import PairPolicy, policy_weights, slot_pair_weight
+from lungssl_methods.pairing import PairPolicy, measured_views, policy_weights, slot_pair_weight
 from lungssl_methods.projector import Projector
 from lungssl_methods.variance import direction_spread
 
@@ -61,6 +62,7 @@ class SimClr(nn.Module):
     def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder or an impossible pair policy."""
         super().__init__()
+        check_choices("simclr", config)
         policy_weights(config.pairs)
         self.config = config
         self.gather = gather
@@ -129,7 +131,7 @@ def global_pairs(batch: PairBatch, policy: PairPolicy) -> list[tuple[int, int, f
     views = batch.global_views()
     slots = [int(view.slot) for view in views]
     weight = slot_pair_weight(slots, slots, policy)
-    measured = [view.valid.flatten(1).any(dim=1) for view in views]
+    measured = measured_views(views)
     return [
         (i, j, weight[i, j].item(), measured[i] & measured[j])
         for i in range(len(views))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.hidden_views import check_global_views_only, drawn_masks, lung_weight, stacked_images
+from lungssl_methods.losses import ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 
@@ -72,7 +73,7 @@ class SimMim(nn.Module):
         weight = lung_weight(views, self.config.outside_lung_weight)
         ratio, unit = self.config.mask_ratio, self.unit_tokens
         mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training).to(image.device)
-        patch = (self.patch_vox,) * 3
+        patch = (self.patch_vox, self.patch_vox, self.patch_vox)
         target, weights = patchify(image, patch), patchify(weight[:, None], patch)
         loss = masked_l1(self.predict(self.encoder(image, mask=mask).tokens), target, mask, weights)
         with torch.no_grad():
@@ -81,7 +82,7 @@ class SimMim(nn.Module):
             still = masked_l1(mean[:, None, None].expand_as(target), target, mask, weights)
         metrics = {
             "loss": loss.detach(),
-            "loss_vs_mean": loss.detach() / still,
+            "loss_vs_mean": ratio_to_still(loss, still),
             "masked_share": mask.float().mean(),
         }
         return StepOutput(loss=loss, metrics=metrics)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.hidden_views import check_global_views_only, drawn_masks, lung_weight, stacked_images
-from lungssl_methods.losses import mae_loss
+from lungssl_methods.losses import mae_loss, ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, ViewCounts, checked_encoder
 from lungssl_methods.sparse import check_sparse, hidden_from, widen
@@ -100,7 +100,7 @@ class Spark(nn.Module):
             zero_loss = self._loss(torch.zeros_like(predicted), image, mask, weight)
         metrics = {
             "loss": loss.detach(),
-            "loss_vs_zero": loss.detach() / zero_loss,
+            "loss_vs_zero": ratio_to_still(loss, zero_loss),
             "masked_share": mask.float().mean(),
         }
         return StepOutput(loss=loss, metrics=metrics)

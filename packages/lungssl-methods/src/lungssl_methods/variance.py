@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -60,10 +60,17 @@ def barlow_twins(
         return (diagonal - 1).square().sum() + redundancy_weight * off_diagonal
 
 
-def direction_spread(x: Float[Tensor, "*rows d"]) -> Float[Tensor, ""]:
-    """Spread of L2-normalised rows times sqrt(d), without gradient: 1 for directions all over the sphere, 0 for one."""
+def direction_spread(x: Float[Tensor, "*rows d"], *, valid: Bool[Tensor, "*rows"] | None = None) -> Float[Tensor, ""]:
+    """Spread of L2-normalised rows times sqrt(d), without gradient: 1 for directions all over the sphere, 0 for one.
+
+    Of the rows that are `valid`, 0 without one.
+    """
     rows = F.normalize(_full(x.detach()).flatten(0, -2), dim=-1)
-    return rows.std(dim=0, correction=0).mean() * math.sqrt(rows.shape[1])
+    if valid is None:
+        return rows.std(dim=0, correction=0).mean() * math.sqrt(rows.shape[1])
+    share = valid.flatten()[:, None] / valid.sum().clamp_min(1).to(rows)  # no index: the host would wait for the device
+    variance = (share * (rows - (share * rows).sum(dim=0)).square()).sum(dim=0)
+    return variance.sqrt().mean() * math.sqrt(rows.shape[1])
 
 
 def _full(x: Tensor) -> Tensor:

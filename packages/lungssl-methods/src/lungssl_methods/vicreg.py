@@ -15,6 +15,7 @@ from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
+from lungssl_methods.choices import check_choices
 from lungssl_methods.dino import encode_views
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, policy_weights
@@ -61,9 +62,8 @@ class VicReg(nn.Module):
     def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder, an impossible pair policy, or an unknown objective."""
         super().__init__()
+        check_choices("vicreg", config)
         policy_weights(config.pairs)
-        if config.objective not in ("vicreg", "barlow_twins"):
-            raise ValueError(f"vicreg's objective must be 'vicreg' or 'barlow_twins', got {config.objective!r}")
         self.config = config
         self.gather = gather
         self.projector = Projector(checked_encoder(encoder).dim, config.expander)

@@ -14,6 +14,7 @@ from lungssl_data.batch import PairBatch, StepOutput
 from torch import nn
 
 from lungssl_methods.auto import BaseRate
+from lungssl_methods.choices import check_choices
 from lungssl_methods.contrast import chance_nats, far_or_strangers, twin_contrast
 from lungssl_methods.correspondence import check_correspondences
 from lungssl_methods.dino import encode_views
@@ -64,8 +65,7 @@ class Vox2Vec(nn.Module):
     def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder or has no pyramid, and for an unknown policy."""
         super().__init__()
-        if config.pairs not in ("within", "cross"):
-            raise ValueError(f"vox2vec's pairs must be 'within' or 'cross', got {config.pairs!r}")
+        check_choices("vox2vec", config)
         checked = checked_encoder(encoder)
         check_pyramid(checked, "vox2vec")
         self.config = config
