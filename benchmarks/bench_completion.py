@@ -26,6 +26,8 @@ from lungssl.training.checkpoint import load_checkpoint, newest_valid
 from lungssl_data.batch import PairBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.crops import PairCrops
+from lungssl_data.pair import Split
+from lungssl_methods.croco import Croco
 from lungssl_ops.measure import commit, machine
 from torch import nn
 
@@ -111,24 +113,27 @@ def built(data: Path, *, steps: int, seed: int) -> pretraining.Pretraining:
 
 @torch.no_grad()
 def judged(method: nn.Module, parts: pretraining.Pretraining, data: Path) -> dict[str, dict[str, float]]:
-    """Means over test patients and their intervals."""
+    """Means over test patients and their intervals; the head of `head_tre_mm` is the nearest of the `val` patients'."""
+    assert isinstance(method, Croco)
     method.eval()
-    crops = PairCrops(
-        PairCache(data),
-        dataclasses.replace(parts.recipe.data, crops_per_patient=CROPS_PER_PATIENT),
-        split="test",
-        seed=0,
-    )
-    count = len(crops.patients)
-    batches = [parts.sampler.plain(crops.batch(index, CROPS_PER_PATIENT)) for index in range(count)]
+    batches = crops_of(parts, data, "test")
+    chosen = int(torch.stack([method.head_tre_mm(batch) for batch in crops_of(parts, data, "val")]).nanmean(0).argmin())
     figures: dict[str, list[float]] = {}
     for index, batch in enumerate(batches):
         one = {name: float(value) for name, value in method(batch, 0).metrics.items()}
-        stranger = method(with_scan_of(batch, batches[(index + 1) % count]), 0).metrics["loss"]
+        stranger = method(with_scan_of(batch, batches[(index + 1) % len(batches)]), 0).metrics["loss"]
         one["stranger_vs_own"] = float(stranger) / one["loss"]
+        one["head_tre_mm"] = float(method.head_tre_mm(batch).flatten()[chosen])
         for name, value in one.items():
             figures.setdefault(name, []).append(value)
     return {name: interval(np.array(values)) for name, values in figures.items()}
+
+
+def crops_of(parts: pretraining.Pretraining, data: Path, split: Split) -> list[PairBatch]:
+    """Undisturbed crops, a batch for each patient of a split."""
+    config = dataclasses.replace(parts.recipe.data, crops_per_patient=CROPS_PER_PATIENT, patients=None)
+    crops = PairCrops(PairCache(data), config, split=split, seed=0)
+    return [parts.sampler.plain(crops.batch(index, CROPS_PER_PATIENT)) for index in range(len(crops.patients))]
 
 
 def with_scan_of(batch: PairBatch, other: PairBatch) -> PairBatch:

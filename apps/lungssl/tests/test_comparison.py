@@ -127,6 +127,8 @@ def test_a_changed_plan_touches_only_what_the_change_decides(tmp_path: Path) -> 
     longer = ids("overrides=[train.steps=5]")
     assert longer["A0"] == before["A0"] and longer["A1"][0] != before["A1"][0]  # nothing is trained in A0
     assert ids("overrides=[views.global_vox=24]")["A0"] != before["A0"]  # it is judged by windows of that size
+    windows = ids("window_vox=32")
+    assert windows["A0"][0] != before["A0"][0] and windows["A1"][0] != before["A1"][0]
 
 
 def test_an_unfair_plan_is_refused_with_the_figure(data: Path, tmp_path: Path) -> None:
@@ -272,6 +274,43 @@ def test_shards_made_apart_are_one_comparison(whole: Outcome, data: Path, tmp_pa
     shutil.copytree(tmp_path / "2-2/results", tmp_path / "1-2/results", dirs_exist_ok=True)
     outcome = carry_out(load_plan(plan), data=data, out=tmp_path / "1-2", say=quiet)
     assert not outcome.missing and values(outcome) == values(whole)
+
+
+# Jobs outlive the command that started them, of which Python warns.
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_jobs_in_the_background_make_what_the_command_makes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    floors = {name: {"isolates": "floor", "pretrained": False} for name in ("first", "second")}
+    plan = str(write_plan(tmp_path / "plan.yaml", arms=floors, contrasts=[["second", "first"]]))
+    command = ["compare", plan, "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*command, "--launcher", "local", "--shards", "2", "--job", "timeout_min=5"]) == 0
+    assert "2 jobs:" in capsys.readouterr().out
+    deadline = time.monotonic() + 240
+    while len(list((tmp_path / "out/results").glob("*.json"))) < 2:
+        assert time.monotonic() < deadline, [p.read_text() for p in (tmp_path / "out/jobs").glob("*.err")]
+        time.sleep(0.2)
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/results").glob("*.json")}
+    assert main(command) == 0 and (tmp_path / "out/report.html").is_file()
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/results").glob("*.json")} == made
+
+
+def test_what_cannot_be_submitted_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(write_plan(tmp_path / "p.yaml")), "--data", str(data), "--out", str(tmp_path / "out")]
+    for more, said in (
+        (["--shards", "2"], "add --launcher local or slurm"),
+        (["--launcher", "local", "--shard", "1/2"], "starts all: leave one of them out"),
+        (["--launcher", "local", "--job", "gpus"], "expected KEY=VALUE"),
+        (["--launcher", "local", "--shards", "0"], "--shards 0: expected 1 or more"),
+        (["--launcher", "local", "--job", "minutes=3"], "minutes"),
+        (["--launcher", "slurm"], "--launcher slurm"),
+    ):
+        monkeypatch.setattr(runs, "describe", lambda *_, **__: "")
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_that_breaks_down_is_told_and_drops_no_arm_silently(data: Path, tmp_path: Path) -> None:

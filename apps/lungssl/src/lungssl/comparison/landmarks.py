@@ -4,6 +4,7 @@ Features of a point are all levels of the pyramid, each of unit length, side by 
 whose features have the highest cosine. Places are LPS mm.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ NEAR_MM = 20.0
 3,900 landmarks of 13 phantoms, 99 % of them 11.9 mm."""
 POINTS = 300
 """Looked up per patient, as many as phantoms have landmarks: a patient's mean errs by a seventeenth of their spread."""
+WINDOWS_AT_ONCE = 4
+"""With one thread torch convolves a single small volume by its own code: 8 channels of 48 voxels at 4.6 GFLOP/s, and at
+28 GFLOP/s four together (EPYC, torch 2.15)."""
 SMOOTH_MM = 15.0
 """Standard deviation of the kernel that makes a field of single matches. Not tuned."""
 
@@ -169,33 +173,44 @@ def point_features(
 ) -> Float[Tensor, "n c"]:
     """Features at points of a scan.
 
-    Windows of the size that the encoder was trained on, three quarters of it apart; where several hold a point, their
-    features are averaged with weights that fall to 0 towards the borders.
+    Windows of the size that the encoder was trained on cover the scan evenly, at most three quarters of it apart; where
+    several hold a point, their features are averaged with weights that fall to 0 towards the borders.
     """
     assert isinstance(encoder, Encoder)
     encoder.eval()
-    low, step = side_vox // 4, side_vox * 3 // 4  # so that every point has windows all around it
-    image = F.pad(scale_hu(torch.from_numpy(scan.ct_hu).float())[None, None], (low, low + side_vox) * 3)
+    shape = scan.ct_hu.shape
+    short = [max(0, side_vox - size) for size in shape]
+    padding = [0, short[2], 0, short[1], 0, short[0]]  # at the far ends of x, y, z
+    image = F.pad(scale_hu(torch.from_numpy(scan.ct_hu).float())[None], padding)
     spacing, origin = torch.tensor(scan.spacing_mm).float(), torch.tensor(scan.origin_mm).float()
-    vox = (points_mm - origin) / spacing + low  # (x, y, z)
+    vox = (points_mm - origin) / spacing  # (x, y, z)
     total = torch.zeros(len(vox), sum(encoder.pyramid_channels))
     weights = torch.zeros(len(vox), 1)
-    counts = [math.ceil((size - side_vox) / step) + 1 for size in image.shape[2:]]
-    for start in torch.cartesian_prod(*(torch.arange(count) * step for count in counts)).tolist():
-        local = vox - torch.tensor(start[::-1]).float()
+    half = (side_vox - 1) / 2
+    held = []
+    for start in itertools.product(*(window_starts(size, side_vox) for size in image.shape[1:])):
+        local = vox - torch.tensor(start[::-1])
         inside = ((local >= 0) & (local <= side_vox - 1)).all(dim=1).nonzero()[:, 0]
-        z, y, x = start
-        window = image[:, :, z : z + side_vox, y : y + side_vox, x : x + side_vox]
-        if not len(inside) or window.shape[2:] != (side_vox, side_vox, side_vox):
-            continue
-        pyramid = encoder(window).pyramid
-        levels = [
-            F.normalize(features_at(level, local[inside][None], stride)[0], dim=-1)
-            for level, stride in zip(pyramid, encoder.pyramid_strides_vox, strict=True)
-        ]
-        half = (side_vox - 1) / 2
-        near = (1 - (local[inside] - half).abs() / (half + 1)).prod(dim=1, keepdim=True)
-        total[inside] += near * torch.cat(levels, dim=1)
-        weights[inside] += near
+        if len(inside):
+            held.append((start, inside, local[inside]))
+    for first in range(0, len(held), WINDOWS_AT_ONCE):
+        some = held[first : first + WINDOWS_AT_ONCE]
+        windows = torch.stack([image[(slice(None), *(slice(i, i + side_vox) for i in start))] for start, _, _ in some])
+        pyramid = encoder(windows).pyramid
+        for place, (_, inside, local) in enumerate(some):
+            levels = [
+                F.normalize(features_at(level[place][None], local[None], stride)[0], dim=-1)
+                for level, stride in zip(pyramid, encoder.pyramid_strides_vox, strict=True)
+            ]
+            near = (1 - (local - half).abs() / (half + 1)).prod(dim=1, keepdim=True)
+            total[inside] += near * torch.cat(levels, dim=1)
+            weights[inside] += near
     assert bool((weights > 0).all()), "a point lies in no window"
     return total / weights
+
+
+def window_starts(size: int, side: int) -> list[int]:
+    """First voxels of windows that cover an axis evenly, at most three quarters of a window apart."""
+    room = max(0, size - side)
+    count = 1 + math.ceil(room / (side * 3 // 4))
+    return [round(room * i / max(1, count - 1)) for i in range(count)]

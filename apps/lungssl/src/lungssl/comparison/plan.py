@@ -146,6 +146,9 @@ class Plan:
     """None: only endpoints of the encoder itself."""
     phantoms: CohortConfig = field(default_factory=CohortConfig)
     """Where no --data is given."""
+    window_vox: int | None = None
+    """Side of the windows through which encoders are judged, a multiple of their token stride; None: `views.global_vox`
+    of the arm. Fewer and larger ones are quicker, and a convolution takes any size."""
     shift: CohortConfig | None = None
     """Other phantoms, all of whose patients only judge: the shift test. --shift-data takes its place."""
 
@@ -184,6 +187,8 @@ class Pretrain:
     pretrained: bool
     weights: str | None = None
     displacement: Literal["cache", "estimated"] = "cache"
+    window_vox: int
+    """Of the windows through which the encoder is judged."""
     id: str
 
 
@@ -234,6 +239,8 @@ def pretrain_runs(plan: Plan, data: str, shift: str | None = None) -> list[Pretr
         for name, arm in plan.arms.items():
             recipe = arm_recipe(plan, name, seed)
             decides = [recipe.as_dict(), data] if arm.pretrained else [start_of(recipe), data, "untrained"]
+            if plan.window_vox is not None:
+                decides.append(plan.window_vox)
             if arm.weights is not None:
                 decides.append(weights_sha256(name, arm.weights))
             if arm.displacement == "estimated":
@@ -248,6 +255,7 @@ def pretrain_runs(plan: Plan, data: str, shift: str | None = None) -> list[Pretr
                     pretrained=arm.pretrained,
                     weights=arm.weights,
                     displacement=arm.displacement,
+                    window_vox=plan.window_vox or recipe.views.global_vox,
                     id=_id(name, seed, decides if shift is None else [*decides, shift]),
                 )
             )

@@ -28,6 +28,7 @@ from lungssl.comparison.plan import Finetune, Plan, Pretrain, Regime, as_text, f
 from lungssl.errors import ConfigError, TrainingError
 from lungssl.finetuning import Labels, finetune_segment
 from lungssl.pretraining import build_pretraining, cache_spacing_mm, check_spacing, pretrain
+from lungssl.training.allocator import keep_freed_memory
 from lungssl.training.progress import duration
 from lungssl.training.run_folder import environment, write_atomic
 
@@ -65,8 +66,8 @@ def carry_out(
     Raises ConfigError for an unfair plan, for a folder that holds something else, and for a shift test that holds
     patients of `data` or has voxels of another size.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
-        raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
+    check_folder(out)
+    keep_freed_memory()
     cache, shifted = PairCache(data), _shift_cache(plan, data, shift)
     about = {"data": cache.fingerprint(), "shift": None if shifted is None else shifted.fingerprint()}
     runs = pretrain_runs(plan, **about)
@@ -94,6 +95,12 @@ def carry_out(
     return Outcome(
         folder=out, plan=plan, costs=costs, results=results, missing=[name for name in wanted if name not in results]
     )
+
+
+def check_folder(out: Path) -> None:
+    """Raises ConfigError for a folder that holds something else than a comparison."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
+        raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
 
 
 def wanted_ids(plan: Plan, data: str, shift: str | None) -> list[str]:
@@ -195,7 +202,7 @@ class _Worker:
         encoder = load_encoder(weights)
         assert isinstance(encoder, Encoder)
         check_spacing(f"arm {run.arm}", encoder.spacing_mm, self.judge.cache)
-        judged = self.judge.encoder(encoder, run.recipe.views.global_vox)
+        judged = self.judge.encoder(encoder, run.window_vox)
         return {
             "alarms": summary["alarms"],
             "verdict": summary["verdict"],

@@ -21,6 +21,7 @@ from lungssl_methods.schedules import warmup_cosine
 from torch import nn
 
 from lungssl.errors import TrainingError
+from lungssl.training.allocator import keep_freed_memory
 from lungssl.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -109,6 +110,8 @@ def fit(
     TrainingError, where loss or gradient is no number, TrainingError on an alarm as `config.on_collapse` has it, and
     KeyboardInterrupt after Ctrl-C; in all cases the last checkpoint stays.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     rollbacks: list[int] = []
     watch = Watch(config.on_collapse, say=run.say, bounds=bounds)
     while True:
