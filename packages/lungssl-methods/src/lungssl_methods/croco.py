@@ -121,12 +121,7 @@ class Croco(nn.Module):
         Raises ValueError where the views differ in size, or their tokens don't split into blocks to hide.
         """
         pairs = pairs_of_slots(batch)
-        targets, references = self._sides(pairs)
-        image, weight = stacked_images((*targets, *references), "croco").chunk(2)[0], self._weight(targets)
-        ratio, unit = self.config.mask_ratio, self.unit_tokens
-        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
-        mask = host_mask.to(image.device)
-        tokens, memory = self._tokens(batch, targets, references, host_mask)
+        image, weight, mask, tokens, memory = self._hidden_and_encoded(batch, pairs)
         predicted = self.predict(self.decoder(tokens, memory))
         loss = self._loss(predicted, image, mask, weight)
         with torch.no_grad():
@@ -157,11 +152,7 @@ class Croco(nn.Module):
                 "head_tre_mm is of slot 0's tokens, which directions='inhale' doesn't complete; take 'both' or 'exhale'"
             )
         pairs = pairs_of_slots(batch)
-        targets, references = self._sides(pairs)
-        image = stacked_images((*targets, *references), "croco").chunk(2)[0]
-        ratio, unit = self.config.mask_ratio, self.unit_tokens
-        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
-        tokens, memory = self._tokens(batch, targets, references, host_mask)
+        *_, tokens, memory = self._hidden_and_encoded(batch, pairs)
         rows = sum(len(first.image) for first, _ in pairs)
         places = self._true_and_looked_mm(pairs)
         return _each_head_tre_mm(self.decoder.attention(tokens[:rows], memory[:rows]), *places)
@@ -172,6 +163,17 @@ class Croco(nn.Module):
     def export_encoder(self) -> nn.Module:
         """The trained encoder."""
         return self.encoder
+
+    def _hidden_and_encoded(
+        self, batch: PairBatch, pairs: list[tuple[View, View]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Images to complete, their voxels' weights, what of them is hidden, and both sides' tokens."""
+        targets, references = self._sides(pairs)
+        image = stacked_images((*targets, *references), "croco").chunk(2)[0]
+        ratio, unit = self.config.mask_ratio, self.unit_tokens
+        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
+        tokens, memory = self._tokens(batch, targets, references, host_mask)
+        return image, self._weight(targets), host_mask.to(image.device), tokens, memory
 
     def _sides(self, pairs: list[tuple[View, View]]) -> tuple[list[View], list[View]]:
         """Views to complete, slot 0's first, and what each is completed from."""
