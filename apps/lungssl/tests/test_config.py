@@ -76,6 +76,14 @@ def test_overrides_reach_every_field_with_its_type() -> None:
     assert recipe.train.compile is True
 
 
+def test_another_name_begins_with_that_ones_own_settings() -> None:
+    recipe = load_recipe("mae_vit_nano", ["method.mask_ratio=0.5", "method.name=simmim", "method.mask_unit_tokens=3"])
+    assert recipe.method == load_recipe("mae_vit_nano", ["method={name: simmim, mask_unit_tokens: 3}"]).method
+    same = load_recipe("mae_vit_nano", ["method.mask_ratio=0.5", "method.name=mae"])
+    assert same.method is not None and same.method.config.mask_ratio == 0.5
+    assert load_recipe("mae_vit_nano", ["backbone.name=resenc_tiny"]).backbone.name == "resenc_tiny"
+
+
 def test_a_later_override_wins_and_files_are_recipes(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(recipe_text("mae_vit_nano"))

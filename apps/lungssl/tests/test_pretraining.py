@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from lungssl.training.watch import NotFiniteError
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.batch import CropBatch, PairBatch
 from lungssl_data.cache import PairCache, write_pair
-from lungssl_data.pair import PhasePair, PhaseScan
+from lungssl_data.pair import Displacement, PhasePair, PhaseScan
 from lungssl_methods import METHODS
 from safetensors.torch import load_file
 
@@ -61,6 +62,11 @@ def _recipe(name: str, *more: str) -> Recipe:
     return load_recipe(name, [*RECIPES[name], *more])
 
 
+def _still(scan: PhaseScan) -> Displacement:
+    u_mm = np.zeros((3, *scan.ct_hu.shape), np.float32)
+    return Displacement(u_mm=u_mm, spacing_mm=scan.spacing_mm, origin_mm=scan.origin_mm, provenance="test")
+
+
 def _pair(patient: str, split: Any, spacing_mm: tuple[float, float, float], phases: tuple[str, ...]) -> PhasePair:
     rng = np.random.default_rng(sum(map(ord, patient)))
     scans = {}
@@ -81,6 +87,7 @@ def _pair(patient: str, split: Any, spacing_mm: tuple[float, float, float], phas
         **{phase: scans[phase] for phase in phases},
         exhale_to_inhale=np.eye(3, 4) if both else None,
         affine_provenance="test" if both else "",
+        displacement=_still(scans["exhale"]) if both else None,
         split=split,
         key=f"key-{patient}",
     )
@@ -94,6 +101,36 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_pair(_pair(patient, split, (3.0, 3.0, 3.0), phases), folder)
     PairCache(folder).close()  # writes its index, once
     return folder
+
+
+@pytest.mark.parametrize("name", ["phase_dino_vit_nano", "paired_dense_resenc_tiny"])
+def test_pairs_without_a_displacement_are_told_or_refused(name: str, tmp_path: Path) -> None:
+    def built(displaced: tuple[str, ...], phases: tuple[str, ...], *more: str) -> Pretraining:
+        folder = tmp_path / "-".join((*displaced, *phases, *more, "cache"))
+        for patient in ("a", "b"):
+            pair = _pair(patient, "train", (3.0, 3.0, 3.0), phases)
+            write_pair(pair if patient in displaced else dataclasses.replace(pair, displacement=None), folder)
+        return build_pretraining(_recipe(name, *more), folder)
+
+    both = ("exhale", "inhale")
+    with pytest.raises(
+        DataError, match=r"none of the 2 training patients .* set data\.matched_by=affine .*, such as croco"
+    ):
+        built((), both)
+    assert "WARNING: 1 of 2 pairs have no displacement" in "".join(built(("a",), both).reasons)
+    assert "WARNING" not in "".join(built(("a", "b"), both).reasons)
+    for more in ("data.matched_by=affine", "data.phases=exhale"):
+        assert "WARNING" not in "".join(built((), both, more).reasons)
+    assert "no training patient has both phases" in "".join(built((), ("exhale",)).reasons)
+
+
+def test_a_teacher_that_matches_needs_no_displacement(tmp_path: Path) -> None:
+    pair = dataclasses.replace(_pair("a", "train", (3.0, 3.0, 3.0), ("exhale", "inhale")), displacement=None)
+    write_pair(pair, tmp_path / "cache")
+    recipe = _recipe("paired_dense_resenc_tiny", "method.matched_by=teacher", "train.steps=1", "train.eval_every=1")
+    assert pretrain(recipe, data=tmp_path / "cache", out=tmp_path / "run")["step"] == 1
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["method"]["momentum"] == pytest.approx(0.95)  # found for the run's size
 
 
 def _state(run: Path, step: int) -> dict[str, torch.Tensor]:

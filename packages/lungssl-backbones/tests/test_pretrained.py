@@ -9,7 +9,7 @@ import torch
 from lungssl_backbones import BACKBONES, create_backbone
 from lungssl_backbones.names import with_aliases, without_aliases
 from lungssl_backbones.pretrained import import_checkpoint, in_projection, load_pretrained
-from lungssl_backbones.weights import load_weights
+from lungssl_backbones.weights import load_weights, save_encoder
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -275,3 +275,11 @@ def test_tensors_without_names_are_refused(tmp_path: Path) -> None:
     torch.save({1: 2}, path)
     with pytest.raises(ValueError, match="no weights in its usual places; name one of 1"):
         import_checkpoint(path)
+
+
+def test_a_path_may_be_text_and_a_folder_is_no_file(tmp_path: Path) -> None:
+    encoder = create_backbone("resenc_tiny")
+    save_encoder(encoder, tmp_path / "model.safetensors")
+    assert load_pretrained(create_backbone("resenc_tiny"), str(tmp_path / "model.safetensors")).coverage == 1.0
+    with pytest.raises(ValueError, match=r"is a folder, expected a file of weights; give .*model\.safetensors"):
+        load_pretrained(encoder, tmp_path)

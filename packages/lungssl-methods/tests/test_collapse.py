@@ -72,7 +72,7 @@ def test_rank_and_spread_are_compared_with_their_first() -> None:
     assert monitor.probe(50, {"effective_rank": 23.4, "embedding_std": 0.083}) is None
     rank = monitor.probe(100, {"effective_rank": 4.5, "embedding_std": 0.09})
     spread = monitor.probe(150, {"effective_rank": 23.0, "embedding_std": 0.010})
-    assert rank is not None and rank.kind == "rank" and "fell from 23.3 to 4.5, below 0.5 of its start" in rank.sentence
+    assert rank is not None and rank.kind == "rank" and "fell from 23.3 to 4.5, below 0.3 of its start" in rank.sentence
     assert spread is not None and spread.kind == "spread"
     assert monitor.alarms == [rank, spread]
 

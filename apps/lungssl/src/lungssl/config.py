@@ -143,6 +143,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node.setdefault(name, {}), dict):
             raise ConfigError(f"{key}: {'.'.join(path[: depth + 1])} is a single value and has no keys")
         node = node[name]
+    if last == "name" and node.get("name") not in (None, value) and path[-1] in ("backbone", "method", "task"):
+        node.clear()  # the other's settings are none of this one's
     node[last] = value
 
 

@@ -128,6 +128,7 @@ def build_pretraining(
     encoder, method = build_method(recipe)
     if getattr(method, "needs_correspondences", False):  # the method decides it, as the data decides the spacing
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, correspondences=True))
+        reasons = [*reasons, *said_of_correspondences(recipe, cache)]
     if train.compile:
         for module in method.modules():  # a teacher's encoder, too
             if type(module) is type(encoder):
@@ -171,6 +172,27 @@ def build_method(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
             f"1 and train.batch to what memory holds (dino: or method.centering to ema and koleo_weight to 0)"
         )
     return encoder, method
+
+
+def said_of_correspondences(recipe: Recipe, cache: PairCache) -> list[str]:
+    """What is to be said of training patients without a displacement; DataError where none with both phases has one."""
+    if recipe.data.phases != "both" or recipe.data.matched_by == "affine" or recipe.data.partner != "own":
+        return []  # points correspond by the scan itself, or by the affine
+    records = [cache.record(patient) for patient in usable_patients(cache, recipe.data, "train")]
+    pairs = [record for record in records if len(record.phases()) == 2]
+    known = sum(record.has_displacement for record in pairs)
+    if pairs and not known:
+        raise DataError(
+            f"--data {cache.folder}: none of the {len(pairs)} training patients with both phases has a displacement, "
+            f"from which this method knows what corresponds; set data.matched_by=affine to take the coarse affine, or "
+            f"method.matched_by=teacher with paired_dense, or take another method, such as croco"
+        )
+    if not pairs:
+        return ["WARNING: no training patient has both phases, so nothing is learned across phases"]
+    if known < len(pairs):
+        without = len(pairs) - known
+        return [f"WARNING: {without} of {len(pairs)} pairs have no displacement; their points count for nothing"]
+    return []
 
 
 def cache_spacing_mm(cache: PairCache) -> float:

@@ -32,7 +32,7 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 def load_pretrained(
     encoder: nn.Module,
-    state_or_path: Mapping[str, Tensor] | Path,
+    state_or_path: Mapping[str, Tensor] | Path | str,
     *,
     min_coverage: float = 0.95,
     allow_reshape: Collection[Reshape] = ("positions", "in_channels"),
@@ -50,8 +50,8 @@ def load_pretrained(
     Raises ValueError, with `encoder` unchanged, under `min_coverage` of the encoder's numbers, where the first kernel
     is missing or made for another patch, and as `load_weights`.
     """
-    if isinstance(state_or_path, Path):
-        (tensors, sha256), source = read_tensors(state_or_path), str(state_or_path)
+    if isinstance(state_or_path, (Path, str)):
+        (tensors, sha256), source = read_tensors(Path(state_or_path)), str(state_or_path)
     else:
         tensors, sha256, source = state_or_path, None, "the given weights"
     state = without_aliases(tensors)

@@ -118,7 +118,7 @@ def load_encoder(path: Path) -> nn.Module:
 
 def load_weights(
     encoder: nn.Module,
-    state_or_path: Mapping[str, Tensor] | Path,
+    state_or_path: Mapping[str, Tensor] | Path | str,
     *,
     min_coverage: float = 0.95,
     source: str = "the given weights",
@@ -131,8 +131,8 @@ def load_weights(
     its numbers or not all of its `required` tensors would be loaded, two tensors claim one name, or one holds what no
     weight is: NaN, infinities, integers, complex numbers.
     """
-    if isinstance(state_or_path, Path):
-        (state, sha256), source = read_tensors(state_or_path), str(state_or_path)
+    if isinstance(state_or_path, (Path, str)):
+        (state, sha256), source = read_tensors(Path(state_or_path)), str(state_or_path)
     else:
         state, sha256 = state_or_path, None
     own = encoder.state_dict()
@@ -237,6 +237,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _require_safetensors(path: Path) -> None:
+    if path.is_dir():
+        inside = next((str(file) for file in sorted(path.glob("*.safetensors"))), "a .safetensors file")
+        raise ValueError(f"{path} is a folder, expected a file of weights; give {inside}")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are .safetensors files; pickled ones can run code and are never read here")
 

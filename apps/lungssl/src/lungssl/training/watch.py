@@ -93,8 +93,9 @@ class Watch:
             self._say(f"WARNING: {alarm.sentence}; see train.on_collapse")
         elif self.policy == "stop":
             raise TrainingError(
-                f"{alarm.sentence}; stopped, as train.on_collapse is stop. The last checkpoint was taken before; lower "
-                f"train.lr, or go on past it with --resume train.on_collapse=warn"
+                f"{alarm.sentence}; stopped, as train.on_collapse is stop. Lower train.lr, or go on past it with "
+                f"--resume train.on_collapse=warn: from the newest checkpoint, which is of before, or from step 0 "
+                f"without one"
             )
         else:
             raise RollbackError(alarm.sentence)
