@@ -178,7 +178,7 @@ def one_run(
         "less_than_position_95_mm": bootstrap(np.subtract(places, errors)),
         "near_less_than_position_95_mm": bootstrap(np.subtract(places, [one.near_mm for one in after])),
         "per_patient_mm": [round(value, 3) for value in errors],
-        "backbone": recipe.backbone.name,
+        "backbone": label_of(recipe),
         "steps": steps,
         "batch": recipe.train.batch,
         "threads": torch.get_num_threads(),
@@ -188,6 +188,14 @@ def one_run(
         "verdict": summary["verdict"],
         "commit": STARTED_AT,
     }
+
+
+def label_of(recipe: Recipe) -> str:
+    """The encoder's name, and its stages where the recipe says how many."""
+    stages = len(getattr(recipe.backbone.config, "depths", ()))
+    return recipe.backbone.name + (
+        f", {stages} stages" if recipe.backbone.name == "resenc_tiny" and stages != 4 else ""
+    )
 
 
 def small_recipe(name: str, *, seed: int, steps: int) -> Recipe:

@@ -339,3 +339,36 @@ def test_what_cannot_work_is_refused_with_what_is_needed(pyramid_encoder: nn.Mod
         flat.pyramid_channels = ()
         with pytest.raises(ValueError, match=r"feature maps, and pyramid has none; .* such as resenc_tiny"):
             build(flat)
+
+
+def test_matches_with_strangers_stay_at_chance_however_long_they_are_trained(make_batch: MakeBatch) -> None:
+    """T20: nothing in the method tells places where slot 1 shows another scene."""
+
+    def scenes(strangers: bool) -> PairBatch:
+        batch = make_batch(4, locals_per_slot=0, global_size=(16, 16, 16))
+        coarse = torch.randn(4, 1, 11, 11, 11)
+        scene = nn.functional.interpolate(coarse, size=(20, 20, 20), mode="trilinear", align_corners=True)
+        first, second = batch.views
+        place = first.coords_mm
+        seen = scene[:, :, 4:, 2:18, 2:18]  # 4, 2 and 2 voxels on: what slot 0 has at z + 4 slot 1 has at z
+        shift_mm = 2.0 * torch.tensor([2.0, 2.0, 4.0])[:, None, None, None]
+        first = replace(first, image=scene[:, :, :16, :16, :16], partner_mm=place - shift_mm)
+        second = replace(second, image=seen.roll(1, 0) if strangers else seen, coords_mm=place)
+        lung = torch.ones_like(first.lung)
+        return replace(batch, views=(replace(first, lung=lung), replace(second, lung=lung)))
+
+    def error_over_chance(strangers: bool) -> float:
+        torch.manual_seed(1)
+        encoder = create_backbone("resenc_tiny", widths=(8, 16), depths=(1, 1))
+        method = _paired(encoder, points=48, known_share=0.0, sigma_mm=1.0, far_mm=6.0)
+        optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+        for step in range(16):
+            loss = method(scenes(strangers), step).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        metrics = method.eval()(scenes(strangers), 16).metrics
+        return (metrics["match_error_mm"] / metrics["chance_mm"]).item()
+
+    assert error_over_chance(strangers=False) < 0.1
+    assert error_over_chance(strangers=True) > 0.7
