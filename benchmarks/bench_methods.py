@@ -191,11 +191,9 @@ def one_run(
 
 
 def label_of(recipe: Recipe) -> str:
-    """The encoder's name, and its stages where the recipe says how many."""
-    stages = len(getattr(recipe.backbone.config, "depths", ()))
-    return recipe.backbone.name + (
-        f", {stages} stages" if recipe.backbone.name == "resenc_tiny" and stages != 4 else ""
-    )
+    """The encoder's name, and its stages where they aren't the name's."""
+    name, stages = recipe.backbone.name, len(getattr(recipe.backbone.config, "depths", ()))
+    return f"{name}, {stages} stages" if name == "resenc_tiny" and stages != 4 else name
 
 
 def small_recipe(name: str, *, seed: int, steps: int) -> Recipe:
