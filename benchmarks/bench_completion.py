@@ -24,6 +24,7 @@ from lungssl import pretraining
 from lungssl.cohort import CohortConfig, builtin_cohort
 from lungssl.config import load_recipe
 from lungssl.training.checkpoint import load_checkpoint, newest_valid
+from lungssl.training.step_cost import measure_steps
 from lungssl_data.batch import PairBatch
 from lungssl_data.cache import PairCache
 from lungssl_data.crops import PairCrops
@@ -88,7 +89,7 @@ def one_run(data: Path, *, minutes: float, seed: int) -> dict[str, Any]:
     """Figures before and after as many steps as fit into the minutes."""
     parts = built(data, steps=4, seed=seed)
     before = judged(parts.method, parts, data)
-    cost = pretraining.measure_steps(
+    cost = measure_steps(
         parts.method, read=parts.read, prepare=parts.prepare, config=parts.recipe.train, seed=seed, device=parts.device
     )
     steps = max(4, int(60 * minutes / cost.step_s))

@@ -31,6 +31,7 @@ from lungssl.cohort import CohortConfig, builtin_cohort, preset_of
 from lungssl.comparison import landmarks
 from lungssl.comparison.landmarks import Found, PairPoints, look_up, with_points
 from lungssl.config import Recipe, load_recipe
+from lungssl.training.step_cost import measure_steps
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.cache import PairCache
 from lungssl_data.phantom import PhantomConfig, make_phantom
@@ -150,7 +151,7 @@ def one_run(
     timed = steps is None
     if steps is None:
         config = parts.recipe.train
-        cost = pretraining.measure_steps(
+        cost = measure_steps(
             parts.method, read=parts.read, prepare=parts.prepare, config=config, seed=seed, device=parts.device
         )
         steps = max(4, int(60 * minutes / cost.step_s))

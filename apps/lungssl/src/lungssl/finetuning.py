@@ -24,10 +24,11 @@ from lungssl_tasks.segmentation import SegmentationTask
 from lungssl.config import Part, Recipe
 from lungssl.errors import ConfigError
 from lungssl.evaluation import evaluate_model, per_patient
-from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, check_spacing, measure_steps
+from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, check_spacing
 from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.run_folder import RunFolder
+from lungssl.training.step_cost import measure_steps
 
 WHOLE_LUNGS_MM = 250
 """Height and width of most adult lungs (LIDC case here: 300 x 270 mm with margins of 20 mm)."""

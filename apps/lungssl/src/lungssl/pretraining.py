@@ -1,8 +1,6 @@
 """Pretraining: a cache, a recipe and a run folder, put together for the training loop."""
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +24,11 @@ from torch import nn
 from lungssl.auto_values import settle
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError, DataError
-from lungssl.training.config import TrainConfig
 from lungssl.training.logs import read_metrics
-from lungssl.training.loop import fit, make_optimizer, micro_seed, train_step
+from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
-from lungssl.training.progress import duration
-from lungssl.training.read_ahead import read_ahead
 from lungssl.training.run_folder import RunFolder
+from lungssl.training.step_cost import measure_steps
 from lungssl.training.watch import NotFiniteError
 
 _BUILD, _HELD_OUT = -1, -2  # places in the sequence of random draws that no micro-step has
@@ -361,57 +357,3 @@ def _budget_lines(parts: Pretraining) -> list[str]:
         f"a micro-batch  {one.patients} patients, {through}",
         f"compute        {total / 1e9:,.1f} GFLOP a step, {total * train.steps / 1e15:,.3g} PFLOP the run",
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """What `measure_steps` found."""
-
-    losses: tuple[float, float]
-    step_s: float
-    """Of the second step: the first one compiles, allocates and opens files."""
-    wait_s: float
-    """Part of it that waited for data."""
-    peak_bytes: int
-    """On an accelerator its allocator's peak, on the CPU the process's."""
-
-    def lines(self, config: TrainConfig, device: torch.device) -> list[str]:
-        """For a person: the cost of the run of `config`."""
-        return [
-            f"first losses   {self.losses[0]:.4f}, {self.losses[1]:.4f}",
-            f"step           {self.step_s:.2f} s, of which {self.wait_s:.2f} s waiting for data",
-            f"peak memory    {self.peak_bytes / 2**30:.2f} GiB ({device.type})",
-            f"{config.steps} steps".ljust(15) + f"{duration(self.step_s * config.steps)} without held-out evaluation",
-            "dry run: nothing was written",
-        ]
-
-
-def measure_steps(
-    module: nn.Module,
-    *,
-    read: Callable[[int], Any],
-    prepare: Callable[[Any, int], Any],
-    config: TrainConfig,
-    seed: int,
-    device: torch.device,
-) -> StepCost:
-    """Two real steps of `module`, which change it."""
-    optimizer = make_optimizer(module, config)
-    stream = read_ahead(read, 0, 2 * config.accumulate, workers=config.workers)
-    module.train()
-    first, second = (
-        train_step(module, optimizer, stream, prepare, step=step, config=config, seed=seed, device=device)
-        for step in (0, min(1, config.steps - 1))
-    )
-    stream.close()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        # Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return StepCost(
-        losses=(first[0]["loss"], second[0]["loss"]),
-        step_s=second[1]["step_s"],
-        wait_s=second[1]["data_wait_s"],
-        peak_bytes=peak,
-    )
