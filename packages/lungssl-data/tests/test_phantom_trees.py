@@ -106,3 +106,18 @@ def test_trees_do_not_depend_on_the_grid(phantom: Phantoms) -> None:
     for one, other in zip(coarse.trees, phantom("deep", 1).trees, strict=True):
         np.testing.assert_array_equal(one.nodes, other.nodes)
         np.testing.assert_array_equal(one.radius_mm, other.radius_mm)
+
+
+def test_trees_do_not_depend_on_the_signs_that_lapack_leaves_open(
+    phantom: Phantoms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eigh, rng = np.linalg.eigh, np.random.default_rng(0)
+
+    def other_signs(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, axes = eigh(matrices)
+        return values, axes * rng.choice([-1.0, 1.0], (*values.shape[:-1], 1, values.shape[-1]))
+
+    monkeypatch.setattr(np.linalg, "eigh", other_signs)
+    other = make_phantom(PhantomConfig(preset="deep", seed=1, spacing_mm=8.0))
+    for one, same in zip(other.trees, phantom("deep", 1).trees, strict=True):
+        np.testing.assert_array_equal(one.nodes, same.nodes)

@@ -58,7 +58,7 @@ def test_deep_breath_hyperinflates_emphysema() -> None:
     assert figures["unmatched_hyperinflated_ml"] == pytest.approx(figures["hyperinflated_ml"], rel=0.15)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5])
 def test_healthy_lungs_have_healthy_compartments(phantom: Phantoms, seed: int) -> None:  # (7)
     # With their vessels and airways, as in the patients.
     p = phantom("healthy", seed)

@@ -82,7 +82,7 @@ class PairedDense(nn.Module):
 
         def settled(self, run: RunSize) -> tuple["PairedDense.Config", dict[str, str]]:
             """The same with the momentum that the run's size decides, and the reason by key."""
-            if self.momentum is not None or self.matched_by == "cache":
+            if self.momentum is not None or self.matched_by != "teacher":
                 return self, {}
             auto = auto_momentum(run)
             return replace(self, momentum=auto.value), {"momentum": auto.reason}

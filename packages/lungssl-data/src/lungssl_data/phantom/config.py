@@ -9,7 +9,7 @@ Pathology = Literal["ground_glass", "consolidation", "emphysema", "covid", "effu
 Artefact = Literal["streaks", "cropped_fov", "scale_error", "step"]
 
 
-PHANTOM_VERSION = 3
+PHANTOM_VERSION = 4
 """Raised whenever equal configurations give other bytes."""
 
 

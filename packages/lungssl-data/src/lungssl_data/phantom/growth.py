@@ -14,6 +14,8 @@ STEP = (0.4, 0.5)
 """How far a child grows towards its tissue's centroid."""
 SPLIT = (0.4, 0.6)
 """Share of a branch's tissue that the first child takes."""
+FORWARD = np.array([1.0, 0.6, 0.4])
+"""The first child takes the tissue that lies this way; any direction that few branches are square to would do."""
 MAX_TURN = 0.5
 """Cosine of the sharpest turn from parent to child, 60 degrees: in physical space most lie in D3's 25-50."""
 
@@ -108,7 +110,10 @@ def _parts(rng: Generator, points: ndarray, label: ndarray, at: ndarray, across:
             square[:, i, j] = square[:, j, i] = np.bincount(label, offset[:, i] * offset[:, j], n) / count
     flat = np.eye(3) - ahead[:, :, None] * ahead[:, None, :]
     _, axes = np.linalg.eigh(flat @ square @ flat)
-    along = (offset * axes[label, :, 1 if across else 2]).sum(1)
+    axis = axes[:, :, 1 if across else 2]
+    # eigh leaves the sign open, and LAPACK gave other ones on another processor: another tree from the same seed.
+    axis = np.where((axis @ FORWARD < 0)[:, None], -axis, axis)
+    along = (offset * axis[label]).sum(1)
     order = np.lexsort((along, label))
     rank = np.empty(len(label))
     size = np.bincount(label, minlength=n)
