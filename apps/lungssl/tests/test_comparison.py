@@ -337,6 +337,14 @@ def test_a_used_folder_that_is_no_comparison_is_refused(
     assert "--out is missing" in capsys.readouterr().err
 
 
+def test_a_folder_whose_displacements_are_being_estimated_is_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "estimated" / "1234").mkdir(parents=True)  # killed there, or another shard is there now
+    runs.check_folder(tmp_path)
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(ConfigError, match="holds no comparison"):
+        runs.check_folder(tmp_path)
+
+
 def test_a_dry_run_says_what_it_would_cost(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = str(write_plan(tmp_path / "plan.yaml"))
     assert main(["compare", plan, "--data", str(data), "--dry-run"]) == 0

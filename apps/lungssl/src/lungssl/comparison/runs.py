@@ -75,9 +75,10 @@ def carry_out(
     if any(run.displacement == "estimated" for run in runs):
         caches["estimated"] = estimated_cache(cache, out / "estimated", EstimateConfig(), say=say)
     costs = fair_costs(plan, runs, caches, device=device)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "plan.yaml", as_text(plan.as_dict()))
     for folder in (out / "runs", out / "results"):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "plan.yaml", as_text(plan.as_dict()))
     write_atomic(out / "costs.json", json.dumps({arm: one.as_dict() for arm, one in costs.items()}, indent=1))
     write_atomic(out / "env.json", json.dumps(environment() | about, indent=1))
     worker = _Worker(caches=caches, judge=Judge(cache, shifted), out=out, device=device)
@@ -98,8 +99,9 @@ def carry_out(
 
 
 def check_folder(out: Path) -> None:
-    """Raises ConfigError for a folder that holds something else than a comparison."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
+    """Raises ConfigError for a folder that holds something else than a comparison, or than one that still estimates."""
+    held = {one.name for one in out.iterdir()} if out.is_dir() else set()
+    if held - {"estimated"} and "plan.yaml" not in held:
         raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
 
 
