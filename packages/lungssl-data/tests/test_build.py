@@ -220,7 +220,7 @@ def test_a_field_moves_points_as_simpleitk_moves_them(tmp_path: Path) -> None:
 
 
 def test_nifti_fields_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"u.nii.gz: displacement fields are read and written as .nrrd or .mha"):
+    with pytest.raises(ValueError, match=r"u.nii.gz: displacement fields are read from .nrrd or .mha"):
         read_field(tmp_path / "u.nii.gz")
 
 

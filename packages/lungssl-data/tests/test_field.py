@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -23,6 +24,33 @@ def test_a_field_moves_a_point_as_simpleitk_moves_it(tmp_path: Path, suffix: str
     transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / f"u{suffix}"), sitk.sitkVectorFloat64))
     point = (-7.0 + 2 * 1.0, 5.0 + 1 * 2.0, 11.0 + 1 * 3.0)  # voxel z 1, y 1, x 2
     np.testing.assert_allclose(transform.TransformPoint(point), np.add(point, u_mm[:, 1, 1, 2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".h5"])
+def test_simpleitk_moves_a_point_of_an_oblique_grid_by_any_file(tmp_path: Path, suffix: str) -> None:
+    c, s = np.cos(0.3), np.sin(0.3)
+    turned = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    grid = Geometry(shape=GRID.shape, spacing_mm=GRID.spacing_mm, origin_mm=GRID.origin_mm, direction=turned)
+    u_mm, path = _field(), tmp_path / f"u{suffix}"
+    write_field(path, u_mm, grid)
+    if suffix == ".h5":
+        transform = sitk.ReadTransform(str(path))
+    else:
+        transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(path), sitk.sitkVectorFloat64))
+        stored = nibabel.load(path)
+        assert stored.header["intent_code"] == 1007 and stored.shape == (5, 4, 3, 1, 3)  # pyright: ignore
+        np.testing.assert_array_equal(np.asarray(stored.dataobj)[2, 1, 1, 0], u_mm[:, 1, 1, 2])  # LPS as they are
+    point = grid.index_to_mm() @ [2, 1, 1, 1]
+    np.testing.assert_allclose(transform.TransformPoint(point), point + u_mm[:, 1, 1, 2], atol=1e-5)
+
+
+def test_an_oblique_field_is_read_where_it_may_be(tmp_path: Path) -> None:
+    turned = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    grid = Geometry(shape=GRID.shape, spacing_mm=GRID.spacing_mm, origin_mm=GRID.origin_mm, direction=turned)
+    write_field(tmp_path / "u.mha", _field(), grid)
+    with pytest.raises(ValueError, match="not axis-aligned"):
+        read_field(tmp_path / "u.mha")
+    assert read_field(tmp_path / "u.mha", oblique=True)[1].same_grid(grid)
 
 
 def test_a_header_that_claims_more_than_its_file_is_refused_before_memory_is_taken(tmp_path: Path) -> None:

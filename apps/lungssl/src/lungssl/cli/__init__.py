@@ -25,6 +25,8 @@ VERBS: dict[str, str] = {
     "pretrain": "lungssl.cli.pretrain:pretrain",
     "finetune": "lungssl.cli.finetune:finetune",
     "segment": "lungssl.cli.segment:segment",
+    "register": "lungssl.cli.register:register",
+    "warp": "lungssl.cli.warp:warp",
     "evaluate": "lungssl.cli.evaluate:evaluate",
     "compare": "lungssl.cli.compare:compare",
     "bench": "lungssl.cli.bench:app",

@@ -5,6 +5,7 @@
     write_volume("ct.mha", volume)
     read_labels("lobes.nrrd")       -> LabelMap, uint8
     write_labels("mask.nii.gz", label_map)
+    write_floats("jacobian.nii.gz", values, geometry)
 
 | format | read | write |
 |---|---|---|
@@ -22,10 +23,22 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from lungssl_data.readers.checks import VolumeError, hounsfield, label_values, replacing
-from lungssl_data.volume import LabelMap, Volume
+from jaxtyping import Float32
+from numpy import ndarray
 
-__all__ = ["VolumeError", "files_of", "read_labels", "read_slices", "read_volume", "write_labels", "write_volume"]
+from lungssl_data.readers.checks import VolumeError, hounsfield, label_values, replacing
+from lungssl_data.volume import Geometry, LabelMap, Volume
+
+__all__ = [
+    "VolumeError",
+    "files_of",
+    "read_labels",
+    "read_slices",
+    "read_volume",
+    "write_floats",
+    "write_labels",
+    "write_volume",
+]
 
 READERS = {
     ".nii": "nifti",
@@ -93,6 +106,13 @@ def write_labels(path: str | Path, label_map: LabelMap) -> None:
     path = _writable(Path(path))
     with replacing(path) as temporary:
         _module(temporary).write(temporary, label_map.labels, label_map.geometry)
+
+
+def write_floats(path: str | Path, values: Float32[ndarray, "z y x"], geometry: Geometry) -> None:
+    """Write a map as float32 .nii, .nii.gz, .mha or .nrrd, replacing the file in one step."""
+    path = _writable(Path(path))
+    with replacing(path) as temporary:
+        _module(temporary).write(temporary, values, geometry)
 
 
 def _suffix(path: Path) -> str:

@@ -1,0 +1,84 @@
+"""`lungssl register`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(
+    fixed: Annotated[Path, typer.Option(help="Exhale: a volume file (.nii.gz, .mha, .nrrd, ...) or a DICOM folder.")],
+    moving: Annotated[Path, typer.Option(help="Inhale, likewise.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Displacement field to write: .nrrd, .mha, .nii.gz or .h5.")
+    ],
+    fixed_mask: Annotated[Path | None, typer.Option(help="Lungs of --fixed; without it they are found.")] = None,
+    moving_mask: Annotated[Path | None, typer.Option(help="Lungs of --moving.")] = None,
+    preset: Annotated[str, typer.Option(help="fast, default or accurate.")] = "default",
+    field_mm: Annotated[
+        float | None, typer.Option(help="Voxels of the field, about; without it those of --fixed.")
+    ] = None,
+    inverse: Annotated[Path | None, typer.Option(help="Also write the field from moving to fixed.")] = None,
+    warped: Annotated[Path | None, typer.Option(help="Also write --moving on the grid of --fixed.")] = None,
+    jacobian: Annotated[
+        Path | None, typer.Option(help="Also write the change of volume, 2 where it doubles; 0 beyond the lung.")
+    ] = None,
+    summary: Annotated[Path | None, typer.Option(help="Also write figures and doubts as .json.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also write a .png to look at.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Register inhale to exhale: where each point of the exhale lung is in the inhale scan.
+
+    The field u is in LPS mm: a point p of --fixed lies at p + u(p) in --moving, as ITK, Slicer and elastix read it. It
+    says nothing of what is not lung.
+
+    Example: lungssl register --fixed exhale.nii.gz --moving inhale.nii.gz -o field.nrrd --warped warped.nii.gz
+    """
+    from lungssl.errors import ConfigError
+
+    endings = {
+        "-o": (output, (".nrrd", ".mha", ".nii.gz", ".nii", ".h5")),
+        "--inverse": (inverse, (".nrrd", ".mha", ".nii.gz", ".nii", ".h5")),
+        "--warped": (warped, (".nii.gz", ".nii", ".mha", ".nrrd")),
+        "--jacobian": (jacobian, (".nii.gz", ".nii", ".mha", ".nrrd")),
+        "--summary": (summary, (".json",)),
+        "--picture": (picture, (".png",)),
+    }
+    given = [path.absolute() for path, _ in endings.values() if path is not None]
+    if len(set(given)) < len(given):
+        raise ConfigError("two outputs have the same name; name different files")
+    for name, (path, suffixes) in endings.items():
+        if path is None:
+            continue
+        if not path.name.endswith(suffixes):
+            raise ConfigError(f"{name} {path}: expected a name that ends with {', '.join(suffixes)}")
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{name} {path} exists; name another file or give --overwrite")
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(f"{name} {path}: name a file in a folder that exists")
+    if field_mm is not None and field_mm <= 0:
+        raise ConfigError(f"--field-mm {field_mm}: expected a size above 0")
+
+    from lungssl_data.field import write_field
+    from lungssl_data.readers import write_floats, write_volume
+
+    from lungssl import registering
+
+    found = registering.register_files(
+        fixed, moving, fixed_mask=fixed_mask, moving_mask=moving_mask, preset=preset, device=device, say=print
+    )
+    write_field(output, *found.field(field_mm))
+    if inverse is not None:
+        write_field(inverse, *found.inverse(field_mm))
+    if warped is not None:
+        write_volume(warped, registering.warp_volume(found.moving, *found.field()))
+    if jacobian is not None:
+        write_floats(jacobian, *found.jacobian())
+    if summary is not None:
+        registering.write_summary(found, summary)
+    if picture is not None:
+        from lungssl.reports.registration_figure import write_picture
+
+        write_picture(found, picture)
+    print(found.describe())

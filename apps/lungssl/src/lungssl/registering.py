@@ -1,0 +1,202 @@
+"""Two scans' files in, a displacement field and what was asked for beside it out."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from jaxtyping import Float, Float32
+from lungssl_data.field import field_image
+from lungssl_data.lung_mask import LungMaskError
+from lungssl_data.pair import AIR_HU, PhaseScan
+from lungssl_data.prepare import PrepareConfig, prepare_scan
+from lungssl_data.readers import read_labels, read_volume
+from lungssl_data.resample import resample_labels
+from lungssl_data.volume import Geometry, LabelMap, Volume
+from lungssl_ops.warp import jacobian_determinant
+from lungssl_tasks.registration import PRESETS, Registration, register
+from numpy import ndarray
+
+from lungssl.errors import ConfigError, DataError, did_you_mean
+from lungssl.training.precision import pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A registration with what it was made from."""
+
+    registration: Registration
+    fixed: Volume
+    moving: Volume
+    scans: dict[str, PhaseScan]
+    """`fixed` and `moving` as they were registered: axis-aligned cubes around the lungs."""
+    preset: str
+    seconds: float
+    """Of registering, reading files not counted."""
+
+    def field(self, spacing_mm: float | None = None) -> tuple[Float32[ndarray, "3 z y x"], Geometry]:
+        """u on the fixed image's grid, or on one of about `spacing_mm` with the same first voxel and directions."""
+        grid = coarser(self.fixed.geometry, spacing_mm)
+        return self.registration.on_grid(grid), grid
+
+    def inverse(self, spacing_mm: float | None = None) -> tuple[Float32[ndarray, "3 z y x"], Geometry]:
+        """From moving to fixed points, on the moving image's grid; NaN where none was found."""
+        grid = coarser(self.moving.geometry, spacing_mm)
+        return self.registration.back_on_grid(grid), grid
+
+    def jacobian(self) -> tuple[Float32[ndarray, "z y x"], Geometry]:
+        """Volume of the moving by the fixed lung at each voxel of the registered grid; 0 outside of the fixed lung."""
+        found, scan = self.registration, self.scans["fixed"]
+        v_vox = torch.from_numpy(np.asarray(found.v_mm, np.float32) / scan.spacing_mm[0])[None]
+        determinant = jacobian_determinant(v_vox)[0].numpy() * np.float32(np.linalg.det(found.affine[:, :3]))
+        return np.where(scan.lung > 0, determinant, np.float32(0)), scan.geometry()
+
+    def summary(self) -> dict[str, object]:
+        """Figures for a program."""
+        trust = dataclasses.asdict(self.registration.trust)
+        return {
+            "preset": self.preset,
+            "seconds": round(self.seconds, 2),
+            "affine": self.registration.affine.tolist(),
+            "trusted": not self.registration.trust.doubts,
+            **{name: round(value, 5) if isinstance(value, float) else value for name, value in trust.items()},
+        }
+
+    def describe(self) -> str:
+        """Lines for a person."""
+        trust = self.registration.trust
+        lines = [
+            f"registered in {self.seconds:.1f} s ({self.preset})",
+            f"lungs overlap {trust.overlap:.3f} (Dice), insides correlate {trust.similarity:.2f}, "
+            f"there and back differ by {trust.disagreement_mm:.1f} mm",
+            f"moving lung {trust.volume_ratio:.2f} times the fixed one; SD of ln J {trust.jacobian_sd:.2f}, "
+            f"folds {trust.folded_share:.3%}",
+        ]
+        doubts = [f"NOT TRUSTED: {doubt}" for doubt in trust.doubts]
+        return "\n".join([*lines, *(doubts or ["nothing speaks against it"])])
+
+
+def register_files(
+    fixed: Path,
+    moving: Path,
+    *,
+    fixed_mask: Path | None = None,
+    moving_mask: Path | None = None,
+    preset: str = "default",
+    device: str = "auto",
+    say: Callable[[str], None],
+) -> Registered:
+    """Register the scan in `moving` to that in `fixed`; masks of the lungs are made where none is given.
+
+    Raises ConfigError for an unknown preset, DataError for scans whose lungs can't be found or matched, and what the
+    readers raise.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}")
+    config = PRESETS[preset]
+    volumes = {"fixed": read_volume(fixed), "moving": read_volume(moving)}
+    masks = {
+        role: None if path is None else read_labels(path)
+        for role, path in (("fixed", fixed_mask), ("moving", moving_mask))
+    }
+    # Where a mask says no sides, both lungs are taken for one: the sides that another mask names would go astray.
+    one_code = any(mask is not None and len(set(np.unique(mask.labels)) - {0}) == 1 for mask in masks.values())
+    started = time.perf_counter()
+    scans = {}
+    for role, volume in volumes.items():
+        mask = masks[role]
+        if mask is not None and not mask.labels.any():
+            raise DataError(f"--{role}-mask is empty; give a mask of the lungs, or leave it out to have one made")
+        if mask is not None and not resample_labels(mask, volume.geometry).any():
+            raise DataError(f"--{role}-mask doesn't lie within --{role}; is it of another scan?")
+        if mask is not None and one_code:
+            mask = LabelMap(labels=(mask.labels > 0).astype(np.uint8), geometry=mask.geometry)
+        try:
+            scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=config.spacing_mm), lung=mask)
+        except LungMaskError as error:
+            raise DataError(f"--{role}: {error}; give --{role}-mask") from error
+        scans[role] = dataclasses.replace(scan, lung=(scan.lung > 0).astype(np.uint8)) if one_code else scan
+        say(f"{role}: lungs {float((scan.lung > 0).sum()) * config.spacing_mm**3 / 1e6:.2f} l")
+    try:
+        found = register(
+            scans["fixed"],
+            scans["moving"],
+            config,
+            device=pick_device(device),
+            say=lambda stage: say(f"{stage} after {time.perf_counter() - started:.1f} s"),
+        )
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return Registered(
+        registration=found,
+        fixed=volumes["fixed"],
+        moving=volumes["moving"],
+        scans=scans,
+        preset=preset,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def coarser(grid: Geometry, spacing_mm: float | None) -> Geometry:
+    """The grid with every n-th voxel along each axis, n such that they lie at most `spacing_mm` apart; itself for None.
+
+    The last voxel may lie up to n - 1 voxels within the grid's end.
+    """
+    if spacing_mm is None:
+        return grid
+    every = [max(1, int(spacing_mm / mm + 1e-6)) for mm in grid.spacing_mm]
+    z, y, x = (1 + (size - 1) // step for size, step in zip(grid.shape, reversed(every), strict=True))
+    sx, sy, sz = (mm * step for mm, step in zip(grid.spacing_mm, every, strict=True))
+    return dataclasses.replace(grid, shape=(z, y, x), spacing_mm=(sx, sy, sz))
+
+
+def warp_volume(moving: Volume, u_mm: Float32[ndarray, "3 z y x"], grid: Geometry) -> Volume:
+    """The moving scan where the field's grid finds it, trilinear; AIR_HU beyond the moving scan."""
+    warped = _warped(moving.hu, moving.geometry, u_mm, grid, sitk.sitkLinear, AIR_HU)
+    return Volume(hu=np.rint(warped).astype(np.int16), geometry=grid)
+
+
+def warp_labels(moving: LabelMap, u_mm: Float32[ndarray, "3 z y x"], grid: Geometry) -> LabelMap:
+    """Moving labels where the field's grid finds them, of the nearest voxel."""
+    warped = _warped(moving.labels, moving.geometry, u_mm, grid, sitk.sitkNearestNeighbor, 0)
+    return LabelMap(labels=warped.astype(np.uint8), geometry=grid)
+
+
+def warp_points(
+    points_mm: Float[ndarray, "n 3"], u_mm: Float32[ndarray, "3 z y x"], grid: Geometry
+) -> Float[ndarray, "n 3"]:
+    """Fixed points in the moving scan, p + u(p), as ITK reads the field; DataError for points beyond its grid."""
+    index_to_mm = grid.index_to_mm()
+    index = (points_mm - index_to_mm[:, 3]) @ np.linalg.inv(index_to_mm[:, :3]).T
+    outside = ((index < -0.5) | (index > np.array(grid.shape[::-1]) - 0.5)).any(axis=1)
+    if outside.any():
+        raise DataError(
+            f"point {int(np.argmax(outside)) + 1} of {len(points_mm)} lies beyond the field; points must be of the "
+            f"fixed scan, in LPS mm"
+        )
+    transform = sitk.DisplacementFieldTransform(sitk.Cast(field_image(u_mm, grid), sitk.sitkVectorFloat64))
+    return np.array([transform.TransformPoint(point) for point in points_mm.tolist()])
+
+
+def _warped(
+    values: ndarray, geometry: Geometry, u_mm: Float32[ndarray, "3 z y x"], grid: Geometry, how: int, beyond: float
+) -> ndarray:
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing(geometry.spacing_mm)
+    image.SetOrigin(geometry.origin_mm)
+    image.SetDirection(geometry.direction.ravel().tolist())
+    field = field_image(np.nan_to_num(u_mm), grid)
+    reference = sitk.Image(list(reversed(grid.shape)), sitk.sitkUInt8)
+    reference.CopyInformation(field)
+    transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
+    return sitk.GetArrayFromImage(sitk.Resample(image, reference, transform, how, beyond))
+
+
+def write_summary(registered: Registered, path: Path) -> None:
+    """The figures as JSON."""
+    path.write_text(json.dumps(registered.summary(), indent=1), encoding="utf-8")

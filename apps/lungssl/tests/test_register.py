@@ -1,0 +1,174 @@
+"""`lungssl register` and `lungssl warp` on a phantom's files, at voxels too coarse for anything but a test."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from lungssl import registering
+from lungssl.cli import main
+from lungssl_data.field import read_field, write_field
+from lungssl_data.phantom import PhantomConfig, make_phantom
+from lungssl_data.points import read_points, write_points
+from lungssl_data.readers import read_labels, read_volume, write_labels, write_volume
+from lungssl_data.volume import Geometry, LabelMap, Volume
+from lungssl_tasks.registration import RegistrationConfig
+from lungssl_tasks.registration.descent import DescentConfig, Level
+from lungssl_tasks.registration.search import SearchConfig
+
+COARSE = RegistrationConfig(
+    spacing_mm=8.0,
+    search=SearchConfig(grid_mm=16.0, reach_mm=32.0),
+    descent=DescentConfig(levels=(Level(spacing_mm=8.0, iterations=20, rim=1),)),
+)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    phantom = make_phantom(PhantomConfig(preset="deep", seed=1, spacing_mm=8.0))
+    for name, phase in (("exhale", phantom.exhale), ("inhale", phantom.inhale)):
+        padded = phase.ct.hu.copy()
+        padded[:, :2, :2] = -3024  # as a scanner fills corners
+        write_volume(folder / f"{name}.nii.gz", Volume(hu=padded, geometry=phase.ct.geometry))
+        write_labels(folder / f"{name}_lung.nii.gz", LabelMap(labels=phase.lung, geometry=phase.ct.geometry))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registering.PRESETS, "default", COARSE)
+
+
+def command(scans: Path, output: Path, *more: object) -> list[str]:
+    masks = ["--fixed-mask", str(scans / "exhale_lung.nii.gz"), "--moving-mask", str(scans / "inhale_lung.nii.gz")]
+    images = ["--fixed", str(scans / "exhale.nii.gz"), "--moving", str(scans / "inhale.nii.gz")]
+    return ["register", *images, *masks, "-o", str(output), *map(str, more)]
+
+
+def lung_points_mm(mask: LabelMap) -> np.ndarray:
+    affine = mask.geometry.index_to_mm()
+    return np.argwhere(mask.labels > 0)[::50, ::-1] @ affine[:, :3].T + affine[:, 3]
+
+
+def test_all_that_can_be_written_agrees(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {
+        "inverse": "back.mha",
+        "warped": "w.nii.gz",
+        "jacobian": "j.nii.gz",
+        "summary": "s.json",
+        "picture": "p.png",
+    }
+    more = [word for option, name in names.items() for word in (f"--{option}", tmp_path / name)]
+    assert main(command(scans, tmp_path / "u.nrrd", *more)) == 0
+    assert "nothing speaks against it" in capsys.readouterr().out
+    fixed, lung = read_volume(scans / "exhale.nii.gz"), read_labels(scans / "exhale_lung.nii.gz")
+    _, grid = read_field(tmp_path / "u.nrrd")
+    assert grid.same_grid(fixed.geometry)
+
+    points = lung_points_mm(lung)
+    write_points(tmp_path / "points.csv", points)
+    warp = ["warp", "--field", str(tmp_path / "u.nrrd")]
+    assert main([*warp, "--points", str(tmp_path / "points.csv"), "-o", str(tmp_path / "there.pts")]) == 0
+    there = read_points(tmp_path / "there.pts")
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / "u.nrrd"), sitk.sitkVectorFloat64))
+    np.testing.assert_allclose(there, [transform.TransformPoint(p) for p in points.tolist()], atol=1e-5)
+    assert np.linalg.norm(there - points, axis=1).mean() > 5
+
+    back, back_grid = read_field(tmp_path / "back.mha")
+    assert back_grid.same_grid(read_volume(scans / "inhale.nii.gz").geometry) and np.isfinite(back).all()
+    again = registering.warp_points(there, back, back_grid)
+    assert np.median(np.linalg.norm(again - points, axis=1)) < 0.5  # between voxels of 8 mm, the inverse isn't linear
+
+    arguments = [*warp, "--image", str(scans / "inhale.nii.gz"), "-o", str(tmp_path / "w2.nii.gz")]
+    assert main(arguments) == 0
+    warped = read_volume(tmp_path / "w.nii.gz").hu
+    assert (warped == read_volume(tmp_path / "w2.nii.gz").hu).all()
+    moving_lung = scans / "inhale_lung.nii.gz"
+    assert main([*warp, "--labels", str(moving_lung), "-o", str(tmp_path / "l.nii.gz")]) == 0
+    inside, found = lung.labels > 0, read_labels(tmp_path / "l.nii.gz").labels > 0
+    assert 2 * (inside & found).sum() / (inside.sum() + found.sum()) > 0.93
+
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["trusted"] and summary["doubts"] == [] and summary["volume_ratio"] > 1.3
+    jacobian = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "j.nii.gz")))
+    assert jacobian[jacobian > 0].mean() == pytest.approx(summary["volume_ratio"], rel=0.1)
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_how_a_scan_is_stored_does_not_matter(scans: Path, tmp_path: Path) -> None:
+    """The same fixed scan with y as the fastest axis: the same field, on its own grid."""
+    fixed, mask = read_volume(scans / "exhale.nii.gz"), read_labels(scans / "exhale_lung.nii.gz")
+    hu, lung = (np.ascontiguousarray(values.transpose(0, 2, 1)) for values in (fixed.hu, mask.labels))
+    swapped = np.eye(3)[[1, 0, 2]]
+    grid = dataclasses.replace(fixed.geometry, shape=hu.shape, direction=swapped)
+    write_volume(tmp_path / "f.nrrd", Volume(hu=hu, geometry=grid))
+    write_labels(tmp_path / "m.nrrd", LabelMap(labels=lung, geometry=grid))
+    arguments = command(scans, tmp_path / "u.nrrd")
+    assert main(arguments) == 0
+    arguments[2], arguments[6], arguments[-1] = (str(tmp_path / name) for name in ("f.nrrd", "m.nrrd", "v.nrrd"))
+    assert main(arguments) == 0
+    points = lung_points_mm(mask)
+    u_mm, v_mm = read_field(tmp_path / "u.nrrd"), read_field(tmp_path / "v.nrrd", oblique=True)
+    assert v_mm[1].same_grid(grid) and not v_mm[1].same_grid(u_mm[1])
+    np.testing.assert_allclose(
+        registering.warp_points(points, *v_mm), registering.warp_points(points, *u_mm), atol=0.05
+    )
+
+
+def test_a_coarser_field_has_voxels_of_the_image(scans: Path, tmp_path: Path) -> None:
+    grid = Geometry(shape=(9, 10, 11), spacing_mm=(1.0, 1.5, 4.0), origin_mm=(1.0, 2.0, 3.0), direction=np.eye(3))
+    coarse = registering.coarser(grid, 3.2)
+    assert coarse.spacing_mm == (3.0, 3.0, 4.0) and coarse.shape == (9, 5, 4) and coarse.origin_mm == grid.origin_mm
+    assert registering.coarser(grid, None) is grid
+
+
+def test_masks_without_sides_are_of_both_lungs(scans: Path, tmp_path: Path) -> None:
+    mask = read_labels(scans / "exhale_lung.nii.gz")
+    write_labels(tmp_path / "one.nii.gz", LabelMap(labels=(mask.labels > 0).astype(np.uint8), geometry=mask.geometry))
+    arguments = command(scans, tmp_path / "u.mha", "--summary", tmp_path / "s.json")
+    arguments[6] = str(tmp_path / "one.nii.gz")
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["doubts"] == []
+
+
+def test_what_cannot_be_registered_is_said(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "u.nrrd"
+    mask = read_labels(scans / "exhale_lung.nii.gz")
+    empty, elsewhere = tmp_path / "empty.nii.gz", tmp_path / "elsewhere.nii.gz"
+    write_labels(empty, LabelMap(labels=np.zeros_like(mask.labels), geometry=mask.geometry))
+    far = Geometry(
+        shape=mask.geometry.shape, spacing_mm=(8.0, 8.0, 8.0), origin_mm=(9e3, 0.0, 0.0), direction=np.eye(3)
+    )
+    write_labels(elsewhere, LabelMap(labels=mask.labels, geometry=far))
+    output.touch()
+    for change, code, said in (
+        ({10: str(tmp_path / "u.txt")}, 2, "expected a name that ends with .nrrd"),
+        ({10: str(tmp_path / "no" / "u.mha")}, 2, "name a file in a folder that exists"),
+        ({}, 2, "exists; name another file or give --overwrite"),
+        ({6: str(empty), 11: "--overwrite"}, 3, "--fixed-mask is empty"),
+        ({6: str(elsewhere), 11: "--overwrite"}, 3, "lie within --fixed; is it of another scan?"),
+        ({2: str(tmp_path / "none.mha"), 11: "--overwrite"}, 3, "no such file"),
+        ({11: "--preset=defualt", 12: "--overwrite"}, 2, "did you mean 'default'"),
+        ({11: f"--inverse={output}", 12: "--overwrite"}, 2, "two outputs have the same name"),
+    ):
+        arguments = command(scans, output, *(word for at, word in change.items() if at > 10))
+        for at, word in change.items():
+            if at <= 10:
+                arguments[at] = word
+        assert main(arguments) == code, said
+        assert said in capsys.readouterr().err
+
+
+def test_what_cannot_be_warped_is_said(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    field = tmp_path / "u.nrrd"
+    geometry = Geometry(shape=(3, 4, 5), spacing_mm=(1.0, 1.0, 1.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
+    write_field(field, np.zeros((3, 3, 4, 5), np.float32), geometry)
+    warp = ["warp", "--field", str(field), "-o", str(tmp_path / "out.csv")]
+    assert main(warp) == 2
+    assert "give one of --image, --labels and --points" in capsys.readouterr().err
+    (tmp_path / "points.txt").write_text("1 1 1\n9 9 9\n")
+    assert main([*warp, "--points", str(tmp_path / "points.txt")]) == 3
+    assert "point 2 of 2 lies beyond the field" in capsys.readouterr().err

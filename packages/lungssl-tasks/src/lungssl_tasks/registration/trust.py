@@ -1,0 +1,107 @@
+"""Whether a registration is to be believed: figures that need no truth, and what they speak against it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float
+from lungssl_data.pair import PhaseScan
+from lungssl_ops.lncc import lncc
+from lungssl_ops.warp import jacobian_determinant, warp
+from torch import Tensor
+
+from lungssl_tasks.registration.common_grid import CommonGrid
+from lungssl_tasks.registration.descent import EPS
+
+WINDOW = 7
+"""LNCC's, in voxels: the descent's."""
+LEAST_OVERLAP = 0.9
+"""Registered phantoms and the open pairs have 0.97 to 0.995; a scan that lacks a lung 0.68, a third of it 0.79."""
+LEAST_SIMILARITY = 0.42
+"""Phantoms of 2 and 4 mm have 0.69 to 0.79, real lungs 0.53 to 0.60; strangers' lungs 0.17 to 0.34 (docs/log.md)."""
+MOST_DISAGREEMENT_MM = 3.0
+"""Pairs have 0.0 to 0.7, strangers 0.9 to 1.8: it sees failures of the search, not mixed-up patients."""
+LUNGS = {1: "right", 2: "left"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """Figures of a registration, in the fixed lung."""
+
+    overlap: float
+    """Dice of the lungs after it."""
+    similarity: float
+    """Mean squared local correlation of the lungs' insides, 0 to 1; their edges don't count."""
+    disagreement_mm: float
+    """Median of how far the search there and back missed its start, before the two were made consistent."""
+    folded_share: float
+    """Of the lung's voxels, where volume doesn't stay positive."""
+    jacobian_sd: float
+    """Standard deviation of ln J, J clipped to 1e-9 .. 1e9 as Learn2Reg does."""
+    volume_ratio: float
+    """Moving by fixed lung."""
+    doubts: tuple[str, ...]
+    """Sentences; empty where nothing speaks against it."""
+
+
+def judge(
+    pair: CommonGrid,
+    v_vox: Float[Tensor, "1 3 z y x"],
+    disagreement_mm: float,
+    *,
+    affine: Float[np.ndarray, "3 4"],
+    fixed: PhaseScan,
+    moving: PhaseScan,
+) -> Trust:
+    """Judge the field v of a pair."""
+    near, far = pair.lungs()
+    lung = pair.fixed_lung > 0
+    inner = 1 - F.max_pool3d(1 - pair.fixed_lung, 3, stride=1, padding=1)
+    warped_lung = warp(pair.moving_lung, v_vox) > 0.5
+    both = inner * warped_lung
+    similarity = float(lncc(near, warp(far, v_vox), window=WINDOW, eps=EPS, mask=both)) if both.any() else 0.0
+    overlap = 2 * float((warped_lung & lung).sum()) / max(1.0, float(warped_lung.sum() + lung.sum()))
+    jacobian = jacobian_determinant(v_vox)[0][inner[0, 0] > 0].double() * float(np.linalg.det(affine[:, :3]))
+    figures = {
+        "overlap": overlap,
+        "similarity": similarity,
+        "disagreement_mm": disagreement_mm,
+        "folded_share": float((jacobian <= 0).double().mean()) if len(jacobian) else 0.0,
+        "jacobian_sd": float(jacobian.clamp(1e-9, 1e9).log().std()) if len(jacobian) > 1 else 0.0,
+        "volume_ratio": _lung_mm3(moving) / _lung_mm3(fixed),
+    }
+    return Trust(**figures, doubts=tuple(_doubts(figures, fixed, moving)))
+
+
+def _doubts(figures: dict[str, float], fixed: PhaseScan, moving: PhaseScan) -> Iterator[str]:
+    here, there = (set(np.unique(scan.lung)) & set(LUNGS) for scan in (fixed, moving))
+    for name, ours, others in (("fixed", here, there), ("moving", there, here)):
+        if alone := sorted(LUNGS[side] for side in ours - others):
+            yield f"only the {name} scan shows a {' and a '.join(alone)} lung, of which the field says nothing"
+    if figures["overlap"] < LEAST_OVERLAP:
+        yield (
+            f"the lungs overlap by {figures['overlap']:.2f} (Dice) after registration, expected at least "
+            f"{LEAST_OVERLAP}; one scan may cut the lungs, or a mask is wrong"
+        )
+    if figures["similarity"] < LEAST_SIMILARITY:
+        yield (
+            f"the insides of the lungs correlate by {figures['similarity']:.2f}, expected at least {LEAST_SIMILARITY}; "
+            f"look whether both scans are of one patient"
+        )
+    if figures["disagreement_mm"] > MOST_DISAGREEMENT_MM:
+        yield (
+            f"searching there and back disagree by {figures['disagreement_mm']:.1f} mm, expected at most "
+            f"{MOST_DISAGREEMENT_MM:g}; the motion may be beyond the search's reach"
+        )
+    if figures["folded_share"] > 0:
+        yield f"{figures['folded_share']:.2%} of the lung's voxels fold: volumes are not to be had from them"
+    if figures["volume_ratio"] < 1:
+        yield (
+            f"the moving lung has {figures['volume_ratio']:.2f} times the fixed one's volume: expected exhale as fixed "
+            f"and inhale as moving; are they swapped?"
+        )
+
+
+def _lung_mm3(scan: PhaseScan) -> float:
+    return float((scan.lung > 0).sum()) * float(np.prod(scan.spacing_mm))
