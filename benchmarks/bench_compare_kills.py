@@ -37,6 +37,7 @@ PLAN = {
         "A4": {"isolates": "pairing", "overrides": ["method.pairs=cross"]},
     },
     "contrasts": [["A4", "A1"]],
+    "primary": ["landmark_mm", "dice"],
     "labels": {"recipe": "demo/segment", "patients": [1]}
     | {"overrides": ["train.steps=6", "train.eval_batches=0", "train.checkpoint_every=2", "views.global_vox=32"]},
 }

@@ -1,5 +1,7 @@
 """Comparisons as a user makes them, on phantoms of 8 mm and runs of three steps."""
 
+import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -15,12 +17,13 @@ import pytest
 import yaml
 from lungssl.cli import main
 from lungssl.cohort import CohortConfig, make_cohort
-from lungssl.comparison import runs
+from lungssl.comparison import estimates, runs
 from lungssl.comparison.cost import Cost, check_fair
-from lungssl.comparison.findings import contrasts, power_note, sentences
+from lungssl.comparison.findings import contrasts, power_note, sentences, shown_interval
+from lungssl.comparison.judging import Judge
 from lungssl.comparison.plan import ENDPOINTS, Plan, Regime, finetune_runs, load_plan, pretrain_runs, shard_of
 from lungssl.comparison.runs import Outcome, array_of, carry_out
-from lungssl.errors import ConfigError
+from lungssl.errors import ConfigError, DataError
 from lungssl.recipe_files import list_recipes
 from lungssl.reports.comparison_report import area_under, write_report
 from lungssl.training.run_folder import environment
@@ -104,6 +107,32 @@ def test_a_plans_mistakes_are_named(tmp_path: Path) -> None:
         pretrain_runs(load_plan(plan, ["arms.A0.weights=none.safetensors"]), "data")
     with pytest.raises(ConfigError, match=r"weights x of another training: set pretrained: false"):
         load_plan(plan, ["arms.A1.weights=x"])
+    for override, said in (
+        ("arms.A4.displacment=estimated", r"plan\.arms\.A4\.displacment: unknown key; did you mean 'displacement'"),
+        ("labels.drawz=4", r"plan\.labels\.drawz: unknown key; did you mean 'draws'"),
+        ("shift.textur_rho=0", r"plan\.shift\.textur_rho: unknown key; did you mean 'texture_rho'"),
+        ("phantoms.texture_rho=7", "a texture_rho of 0 to 1, got 16, 5 and 7"),
+        ("contrasts=[[A1, A1]]", "contrasts compare A1 with itself"),
+        ("contrasts=[]", r"contrasts must be different and at least one, got \[\]"),
+        ("primary=[]", r"primary must be different and at least one, got \[\]"),
+        ("primary=[dice]", "primary 'dice' is of models learned from labels, and the plan has no `labels`"),
+        ("primary=[landmark_mm@5]", "landmark_mm is of the encoder, without labels; write 'landmark_mm'"),
+        ("primary=[shift_near_mm]", "primary 'shift_near_mm' is of a shift test, and the plan has no `shift`"),
+        ("primary_contrasts=[]", "primary_contrasts is empty; leave it out"),
+        ("window_vox=0", "window_vox must be at least 1, got 0"),
+        ("labels={patients: [5, 5]}", r"labels\.patients must be different and at least one, got \[5, 5\]"),
+        ("labels={modes: []}", r"labels\.modes must be different and at least one, got \[\]"),
+        ("labels={draws: 0}", r"labels\.draws must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_plan(plan, [override])
+    with pytest.raises(
+        ConfigError, match=r"primary 'dice@5' is of all weights trained, and labels\.modes has no `full`"
+    ):
+        load_plan(plan, ["labels={patients: [5], modes: [frozen]}", "primary=[dice@5]"])
+    odd = write_plan(tmp_path / "odd.yaml", arms=SMALL["arms"] | {"../x": {"isolates": "y", "pretrained": False}})
+    with pytest.raises(ConfigError, match=r"arm '\.\./x': expected a letter or digit"):
+        load_plan(str(odd))
     with pytest.raises(ConfigError, match="no such plan file"):
         load_plan(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match=r"--shard 3/2: expected i/n"):
@@ -345,6 +374,79 @@ def test_a_folder_whose_displacements_are_being_estimated_is_not_refused(tmp_pat
         runs.check_folder(tmp_path)
 
 
+def test_more_labels_than_there_are_are_refused_before_any_run(data: Path, tmp_path: Path) -> None:
+    plan = load_plan(str(write_plan(tmp_path / "plan.yaml", labels={"patients": [1, 50]}, primary=["dice"])))
+    with pytest.raises(ConfigError, match=r"asks for 50 labelled patients, and \d of split train have lobes"):
+        carry_out(plan, data=data, out=tmp_path / "out", say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_another_process_makes_is_left_to_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = load_plan(str(write_plan(tmp_path / "plan.yaml")))
+    held, *others = [run.id for run in pretrain_runs(plan, PairCache(data).fingerprint())]
+    made: list[str] = []
+    monkeypatch.setattr(runs, "fair_costs", lambda *_, **__: {})
+    monkeypatch.setattr(runs._Worker, "_make", lambda self, step: made.append(step.id))
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/plan.yaml").touch()
+    with open(tmp_path / f"out/runs/.{held}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = carry_out(plan, data=data, out=tmp_path / "out", say=quiet)
+    assert made == others and held in outcome.missing
+    carry_out(plan, data=data, out=tmp_path / "out", say=quiet)
+    assert made == [*others, held, *others]  # let go of; nothing was written, so all are made again
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "A0-seed0-12345678.json"
+    whole = {"id": path.stem, "arm": "A0", "seed": 0, "failed": None, "values": {}, "scalars": {}}
+    whole |= {"seconds": 1.0, "commit": None}
+    for text in ("", "{", json.dumps(whole | {"arm": "B0"}), json.dumps(whole | {"id": "A1"}), json.dumps({"id": "x"})):
+        path.write_text(text)
+        with pytest.raises(
+            DataError, match=r"A0-seed0-12345678\.json: damaged, .* delete it, and the run is made again"
+        ):
+            runs.read_result(path)
+    path.write_text(json.dumps(whole))
+    assert runs.read_result(path) == whole
+
+
+def test_labels_without_the_encoder_are_no_failed_run(data: Path, tmp_path: Path) -> None:
+    plan = load_plan(str(write_plan(tmp_path / "plan.yaml", labels={"patients": [1]}, primary=["dice"])))
+    parent = pretrain_runs(plan, "data")[0]
+    result = {"id": parent.id, "arm": "A0", "seed": 0, "failed": None, "values": {}, "scalars": {}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / f"{parent.id}.json").write_text(json.dumps(result | {"seconds": 1.0, "commit": None}))
+    worker = runs._Worker(caches={"cache": data}, judge=Judge(PairCache(data), None), out=tmp_path, device="cpu")
+    with pytest.raises(ConfigError, match="copy runs/ of all shards into"):
+        worker._finetune(finetune_runs(plan, parent)[0])
+
+
+def test_estimates_of_other_scans_are_others(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    for _ in make_cohort(CohortConfig(patients=3, spacing_mm=8.0, seed=700), other):
+        pass
+    calls: list[str] = []
+
+    def estimate(pair: Any, config: EstimateConfig) -> Any:
+        calls.append(pair.patient)
+        return pair.displacement
+
+    monkeypatch.setattr(estimates, "estimate_displacement", estimate)
+    folders = [
+        estimates.estimated_cache(PairCache(where), tmp_path / "estimated", EstimateConfig(), say=quiet)
+        for where in (data, other, data)
+    ]
+    assert folders[0] == folders[2] != folders[1]
+    assert len(calls) == len({*PairCache(data).split("train"), *PairCache(data).split("val")}) + len(
+        {*PairCache(other).split("train"), *PairCache(other).split("val")}
+    )
+    made = PairCache(data).split("train")[:2]
+    assert estimates.registration_seconds(folders[0], made) <= estimates.registration_seconds(folders[0], calls)
+
+
 def test_a_dry_run_says_what_it_would_cost(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = str(write_plan(tmp_path / "plan.yaml"))
     assert main(["compare", plan, "--data", str(data), "--dry-run"]) == 0
@@ -424,6 +526,51 @@ def test_every_primary_contrast_is_adjusted_for_the_others(tmp_path: Path) -> No
     }
     text = json.dumps([c.verdict() for c in contrasts(outcome)])
     assert text.count("missing") == 4  # the other figures weren't planted
+
+
+def test_a_failed_run_makes_no_other_test_easier(tmp_path: Path) -> None:
+    pairs = (("A4", "A1"), ("A4", "A0"))
+    whole = planted(tmp_path, {"A4": -0.15, "A0": 0.5}, contrasts=pairs)
+    before = {one.key: one.p_holm for one in contrasts(whole) if one.primary}
+    for seed in (0, 1):
+        whole.results[f"A0-{seed}"] |= {"failed": "loss is nan", "values": {}}
+    after = {one.key: one for one in contrasts(whole) if one.primary}
+    (kept,) = [one for one in after.values() if one.difference is not None]
+    assert kept.difference is not None and kept.p_holm == min(1.0, 2 * kept.difference.p)
+    assert kept.p_holm >= (before[kept.key] or 0)
+
+
+def test_a_figure_that_is_missing_for_a_patient_or_no_number_has_no_answer(tmp_path: Path) -> None:
+    outcome = planted(tmp_path, {"A4": -1.0})
+    del outcome.results["A1-1"]["values"]["landmark_mm"]["p3"]
+    assert contrasts(outcome)[0].verdict() == "missing"
+    outcome = planted(tmp_path, {"A4": -1.0})
+    outcome.results["A1-1"]["values"]["landmark_mm"]["p3"] = float("nan")
+    assert contrasts(outcome)[0].verdict() == "missing"
+
+
+def test_ties_give_no_interval_and_an_exploratory_contrast_needs_its_p(tmp_path: Path) -> None:
+    (one,) = [c for c in contrasts(planted(tmp_path, {"A4": -1.0})) if c.primary]
+    assert one.difference is not None and one.verdict() == "better"
+    exploratory = dataclasses.replace(one, p_holm=None, primary=False)
+    assert exploratory.verdict() == "better"
+    weak = dataclasses.replace(exploratory, difference=dataclasses.replace(one.difference, p=0.067))
+    assert weak.verdict() == "not shown"
+    tied = dataclasses.replace(one.difference, interval_95=(float("-inf"), -0.1), interval_90=(float("-inf"), -0.2))
+    assert dataclasses.replace(one, difference=tied).verdict() == "not shown"
+    assert shown_interval(tied, 2) == "none, too many ties"
+
+
+def test_a_plans_words_are_no_markup(tmp_path: Path) -> None:
+    outcome = planted(tmp_path, {"A4": -1.0})
+    arms = {name: dataclasses.replace(arm, isolates="a|b\n<i>c") for name, arm in outcome.plan.arms.items()}
+    outcome = dataclasses.replace(
+        outcome, plan=dataclasses.replace(outcome.plan, title="<script>1</script>", arms=arms)
+    )
+    (tmp_path / "env.json").write_text(json.dumps(environment() | {"data": "none"}))
+    html, markdown = write_report(outcome).read_text(), (tmp_path / "report.md").read_text()
+    assert "<script>1" not in html + markdown and "<i>" not in html + markdown
+    assert "| a\\|b &lt;i>c |" in markdown
 
 
 def test_an_experiment_that_can_show_nothing_says_so(tmp_path: Path) -> None:

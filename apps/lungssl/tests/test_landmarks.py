@@ -1,20 +1,26 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lungssl.comparison.judging import Judge
 from lungssl.comparison.landmarks import (
     GRID_MM,
     NEAR_MM,
+    POINTS,
     PairPoints,
     find,
     lung_grid_mm,
     point_features,
+    points_of,
     position_only,
     smoothed,
 )
+from lungssl.errors import DataError
 from lungssl_backbones import create_backbone
-from lungssl_data.pair import PhaseScan
+from lungssl_data.cache import PairCache, write_pair
+from lungssl_data.pair import PhasePair, PhaseScan
 from torch.testing import assert_close
 
 
@@ -103,3 +109,21 @@ def test_a_point_has_the_features_of_its_place_wherever_the_scan_lies(pair: Pair
     assert_close(there, here, atol=1e-4, rtol=1e-3)
     assert here.shape == (40, sum(encoder.pyramid_channels))  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert float((here[0] - here[1]).abs().max()) > 1e-3
+
+
+def test_pairs_without_a_displacement_and_patients_of_one_phase_judge_what_they_can(tmp_path: Path) -> None:
+    exhale = scan()
+    inhale = replace(scan((-20.0, 5.0, 21.0)), lobes=exhale.lung)
+    affine = np.eye(3, 4)
+    whole = PhasePair(patient="p0", exhale=exhale, inhale=inhale, exhale_to_inhale=affine, split="test")
+    lone = PhasePair(patient="p1", exhale=exhale, split="test")
+    for one in (whole, replace(whole, patient="p2"), replace(whole, patient="p3", split="train"), lone):
+        write_pair(one, tmp_path)
+    cache = PairCache(tmp_path)
+    found = points_of(cache, "p0")
+    assert found.truth_mm is None and len(found.query_mm) == min(POINTS, len(lung_grid_mm(exhale)))
+    with pytest.raises(DataError, match="patient p1 has one phase"):
+        points_of(cache, "p1")
+    judged = Judge(cache, None).encoder(create_backbone("resenc_tiny"), 32)
+    assert set(judged.values) == {"probe_dice", "retrieval", "phase_leak"}
+    assert all(set(of_patient) == {"p0", "p2"} for of_patient in judged.values.values())

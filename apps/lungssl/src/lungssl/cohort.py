@@ -27,6 +27,13 @@ class CohortConfig:
     motion: Literal["charts", "ffd"] = "charts"
     """Family of the lungs' inner motion: `ffd`, a B-spline warp without gravity, is held out for tests of shift."""
 
+    def __post_init__(self) -> None:
+        if self.patients < 1 or not self.spacing_mm > 0 or not 0 <= self.texture_rho <= 1:
+            raise ValueError(
+                f"a cohort has at least 1 patient, voxels above 0 mm and a texture_rho of 0 to 1, got "
+                f"{self.patients}, {self.spacing_mm:g} and {self.texture_rho:g}"
+            )
+
     def name(self) -> str:
         """Folder name: a new one for every other cohort, and for every other version of phantom or cache."""
         from lungssl_data.cache_index import FORMAT_VERSION

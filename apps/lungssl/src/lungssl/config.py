@@ -12,7 +12,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -169,12 +170,25 @@ def checked_section(cls: type, values: Any, where: str) -> Any:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping with keys {', '.join(f.name for f in fields(cls))}")
-    _check_keys(values, [field.name for field in fields(cls)], f"{where}.")
-    hints = get_type_hints(cls)
-    for name, value in values.items():  # pydantic ignores unknown keys of standard dataclasses, nested ones too
-        if is_dataclass(hints[name]) and isinstance(value, Mapping):
-            _check_keys(value, [field.name for field in fields(hints[name])], f"{where}.{name}.")
+    _check_nested(cls, values, where)
     return _validate(cls, dict(values), where)
+
+
+def _check_nested(kind: Any, value: Any, where: str) -> None:
+    """ConfigError for unknown keys of a dataclass, wherever it is: pydantic ignores those of standard dataclasses."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        if isinstance(value, Mapping):
+            hints = get_type_hints(kind)
+            _check_keys(value, [field.name for field in fields(kind)], f"{where}.")
+            for name, item in value.items():
+                _check_nested(hints[name], item, f"{where}.{name}")
+    elif get_origin(kind) in (Union, UnionType):
+        members = [member for member in get_args(kind) if isinstance(member, type) and is_dataclass(member)]
+        if len(members) == 1:
+            _check_nested(members[0], value, where)
+    elif get_origin(kind) is dict and isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_nested(get_args(kind)[1], item, f"{where}.{name}")
 
 
 def _validate(kind: type, value: Any, where: str) -> Any:

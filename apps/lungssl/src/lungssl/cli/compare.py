@@ -17,7 +17,7 @@ def compare(
         Path | None, typer.Option(help="Pair cache of the plan's shift test, e.g. another site's; all of it judges.")
     ] = None,
     shard: Annotated[str | None, typer.Option(help="Make only part i of n of the runs, e.g. 2/4.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, runs and costs; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, runs and costs; make no run.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     launcher: Annotated[
         Literal["here", "local", "slurm"],
@@ -87,13 +87,13 @@ def compare(
         return
     outcome = runs.carry_out(loaded, data=data, out=out, shift=shift_data, shard=shard, device=device, say=say)
     if outcome.missing and shard is not None:
-        print(f"{len(outcome.missing)} runs of other shards are missing; copy their results/ here, or go on here")
+        print(f"{len(outcome.missing)} runs of other shards are missing; copy runs/ and results/ here, or go on here")
         return
     from lungssl.comparison.findings import contrasts, power_note, sentences
     from lungssl.reports.comparison_report import write_report
 
-    report = write_report(outcome)
     found = contrasts(outcome)
+    report = write_report(outcome, found)
     for sentence in [*sentences(outcome, found), power_note(found)]:
         if sentence is not None:
             print(sentence)

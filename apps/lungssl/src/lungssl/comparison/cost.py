@@ -37,7 +37,7 @@ class Cost:
     displacement: str
     """Where the correspondences are from; empty for arms that use none."""
     registration_s: float = 0.0
-    """Seconds on this machine that estimating them took, beside the FLOPs."""
+    """Seconds on this machine that estimating those of `patients` took, beside the FLOPs."""
 
     def as_dict(self) -> dict[str, int | float | str]:
         """Field by field."""
@@ -56,12 +56,16 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
     with autocast(parts.device, train.precision):
         one = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=train.steps - 1)
     micro_steps = train.steps * train.accumulate
-    where = ""
-    if parts.recipe.data.correspondences and run.recipe.data.matched_by == "affine":
+    where, registration_s = "", 0.0
+    one_scan = all(len(set(phases)) == 1 for phases in parts.crops.slots.values())
+    if parts.recipe.data.correspondences and (one_scan or run.recipe.data.partner == "itself"):
+        where = "identity, of one scan"
+    elif parts.recipe.data.correspondences and run.recipe.data.matched_by == "affine":
         where = "coarse affine"
     elif parts.recipe.data.correspondences:
         fields = (parts.crops.cache.displacement(patient) for patient in parts.crops.patients)
         where = ", ".join(sorted({"none" if field is None else field.provenance for field in fields}))
+        registration_s = registration_seconds(data, parts.crops.patients)
     return Cost(
         steps=train.steps,
         samples=train.batch * micro_steps,
@@ -71,7 +75,7 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
         tokens=micro_steps * (one.tokens_student + one.tokens_teacher),
         flops=micro_steps * one.flops,
         displacement=where,
-        registration_s=registration_seconds(data) if where and where != "coarse affine" else 0.0,
+        registration_s=registration_s,
     )
 
 

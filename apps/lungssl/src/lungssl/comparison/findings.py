@@ -1,7 +1,10 @@
 """What a finished comparison says: contrasts with their intervals, and plain sentences."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from lungssl.comparison.plan import ENDPOINTS, Plan, Regime
 from lungssl.comparison.runs import Outcome, array_of
@@ -23,8 +26,13 @@ class Contrast:
     """Adjusted over all primary contrasts; None for the others."""
 
     @property
-    def name(self) -> str:
+    def key(self) -> tuple[str, str, str]:
         """Unique in a comparison."""
+        return self.first, self.second, self.endpoint_title()
+
+    @property
+    def name(self) -> str:
+        """For a person."""
         return f"{self.first} - {self.second}, {self.endpoint_title()}"
 
     def endpoint_title(self) -> str:
@@ -34,8 +42,8 @@ class Contrast:
     def verdict(self) -> str:
         """`equivalent`, `better`, `worse`, `not shown` or `missing`, for the first arm.
 
-        A difference that is surely within the margin is none, however sure. Else a primary contrast is shown by its
-        adjusted p below 0.05 and its 95 % interval, another by its interval alone.
+        A difference that is surely within the margin is none, however sure. Else it is shown by its 95 % interval and a
+        p below 0.05, for a primary contrast the adjusted one.
         """
         found, endpoint = self.difference, ENDPOINTS[self.endpoint]
         if found is None:
@@ -43,7 +51,8 @@ class Contrast:
         if endpoint.margin is not None and found.equivalent(endpoint.margin):
             return "equivalent"
         low, high = found.interval_95
-        if (low > 0 or high < 0) and (self.p_holm is None or self.p_holm < 0.05):
+        finite = math.isfinite(low) and math.isfinite(high)
+        if finite and (low > 0 or high < 0) and (found.p if self.p_holm is None else self.p_holm) < 0.05:
             return "better" if (low > 0) == endpoint.higher_is_better else "worse"
         return "not shown"
 
@@ -64,8 +73,9 @@ def contrasts(outcome: Outcome) -> list[Contrast]:
         for regime in regimes(plan, name)
         for first, second in plan.contrasts
     ]
-    adjusted = holm({one.name: one.difference.p for one in found if one.primary and one.difference is not None})
-    return [replace(one, p_holm=adjusted.get(one.name)) for one in found]
+    # A primary test without an answer stays in the family: the others don't become easier by a run that failed.
+    adjusted = holm({one.key: 1.0 if one.difference is None else one.difference.p for one in found if one.primary})
+    return [replace(one, p_holm=None if one.difference is None else adjusted.get(one.key)) for one in found]
 
 
 def shown_endpoints(plan: Plan) -> list[str]:
@@ -95,11 +105,12 @@ def power_note(found: Sequence[Contrast]) -> str | None:
     sizes = [one.difference.patients for one in found if one.primary and one.difference is not None]
     if not sizes:
         return None
-    least = len(sizes) * 2.0 ** (1 - max(sizes))
+    tests = sum(one.primary for one in found)
+    least = tests * 2.0 ** (1 - max(sizes))
     if least < 0.05:
         return None
     return (
-        f"With {max(sizes)} patients and {len(sizes)} primary tests no p after Holm can be below "
+        f"With {max(sizes)} patients and {tests} primary tests no p after Holm can be below "
         f"{min(1.0, least):.3f}: nothing can be shown to be better or worse. Take more test patients, or fewer primary "
         f"contrasts."
     )
@@ -112,8 +123,9 @@ def _sentence(one: Contrast) -> str:
         return f"{about}: no answer, as runs are missing or failed, or there are fewer than {LEAST_PATIENTS} patients."
     unit, digits = f" {endpoint.unit}".rstrip(), endpoint.digits
     low, high = found.interval_95
-    p = "" if one.p_holm is None else f", p {one.p_holm:.3f} after Holm"
-    interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f}{p}, {found.patients} patients"
+    p = "" if one.p_holm is None else f", p {shown_p(one.p_holm)} after Holm"
+    seeds = "" if found.seed_sd is None else f", SD over seeds {found.seed_sd:.{digits}f}"
+    interval = f"95 % interval {shown_interval(found, digits)}{p}, {found.patients} patients{seeds}"
     lead = f"{about}: {found.mean:+.{digits}f}{unit} ({interval})"
     match one.verdict():
         case "better" | "worse" as verdict:
@@ -121,9 +133,22 @@ def _sentence(one: Contrast) -> str:
         case "equivalent":
             return f"{lead}. They are equivalent, within ±{endpoint.margin:g}{unit}."
         case _:
-            if low > 0 or high < 0:
+            if math.isfinite(low) and math.isfinite(high) and (low > 0 or high < 0):
                 return f"{lead}. The interval leaves 0 out, but not the p of all primary tests together: not shown."
-            return f"{lead}. No difference is shown, and none is ruled out.{_needed(one, found)}"
+            return f"{lead}. No difference is shown; those in the interval remain possible.{_needed(one, found)}"
+
+
+def shown_interval(found: Difference, digits: int) -> str:
+    """The 95 % interval, or why there is none."""
+    low, high = found.interval_95
+    if not math.isfinite(low) or not math.isfinite(high):
+        return "none, too many ties"
+    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def shown_p(p: float) -> str:
+    """To three digits."""
+    return f"{p:.3f}" if p >= 0.001 else "≤0.001"
 
 
 def _needed(one: Contrast, found: Difference) -> str:
@@ -133,13 +158,15 @@ def _needed(one: Contrast, found: Difference) -> str:
         return ""
     return (
         f" To see ±{endpoint.margin:g}{f' {endpoint.unit}' if endpoint.unit else ''} in four experiments of five would "
-        f"take {found.patients_needed(endpoint.margin):,} patients."
+        f"take {found.patients_needed(endpoint.margin):,} patients, by a single test."
     )
 
 
 def _difference(outcome: Outcome, first: str, second: str, endpoint: str, regime: Regime | None) -> Difference | None:
     one, other = (array_of(outcome, arm, endpoint, regime) for arm in (first, second))
     if one is None or other is None or one[0] != other[0] or len(one[0]) < LEAST_PATIENTS:
+        return None
+    if not (np.isfinite(one[1]).all() and np.isfinite(other[1]).all()):
         return None
     return difference(one[1], other[1])
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lungssl.comparison.landmarks import PairPoints, find, pair_features, points_of, position_only
 from lungssl.comparison.probing import LobeProbe, lobes_at, probe_dice, probes_of
+from lungssl.errors import DataError
 from lungssl.evaluation import Prediction, evaluation_patients, per_patient, predict_scans
 from lungssl.finetuning import LOBES
 
@@ -43,12 +44,14 @@ class Judge:
     def encoder(self, encoder: nn.Module, side_vox: int) -> Judged:
         """How well points and patients are found again, seen through windows of `side_vox`."""
         probes = probes_of(encoder, self.cache, side_vox)
-        values, embeddings = self._places(encoder, side_vox, probes, self.cache, self.cache.split("test"))
+        names = _with_both_phases(self.cache, self.cache.split("test"))
+        if not names:
+            raise DataError(f"{self.cache.folder}: no patient of split test has both phases; none can judge an encoder")
+        values, embeddings = self._places(encoder, side_vox, probes, self.cache, names)
         exhale, inhale = embeddings[0::2], embeddings[1::2]
         is_inhale, patient = torch.arange(len(embeddings)) % 2 == 1, torch.arange(len(embeddings)) // 2
         scores = phase_scores(embeddings, is_inhale, patient)
         told = (torch.sign(scores[1::2] - scores[0::2]) + 1) / 2  # 1: this patient's phases are told apart, 0.5: a tie
-        names = self.cache.split("test")
         values["retrieval"] = dict(zip(names, (1.0 / retrieval_ranks(exhale, inhale)).tolist(), strict=True))
         values["phase_leak"] = dict(zip(names, told.tolist(), strict=True))
         scalars = {
@@ -57,7 +60,8 @@ class Judge:
             "rankme": rankme(embeddings),
         }
         if self.shift is not None:
-            shifted, _ = self._places(encoder, side_vox, probes, self.shift, self.shift.patients)
+            there = _with_both_phases(self.shift, self.shift.patients)
+            shifted, _ = self._places(encoder, side_vox, probes, self.shift, there)
             values |= {f"shift_{name}": of_patient for name, of_patient in shifted.items()}
         return Judged(values=values, scalars=scalars)
 
@@ -75,13 +79,14 @@ class Judge:
             pair = self._points[key]
             query, candidates = pair_features(encoder, pair, side_vox)
             scans += [query.mean(dim=0), candidates.mean(dim=0)]
-            found = find(pair, query, candidates)
-            for name, value in zip(names, (found.mean_mm, found.near_mm, found.registered_mm), strict=True):
-                values[name][patient] = value
+            if pair.truth_mm is not None:
+                found = find(pair, query, candidates)
+                for name, value in zip(names, (found.mean_mm, found.near_mm, found.registered_mm), strict=True):
+                    values[name][patient] = value
+                values["grid_mm"][patient], values["position_mm"][patient] = position_only(pair)
             dice = probe_dice(probes, candidates, lobes_at(pair.inhale, pair.candidates_mm))
             if dice is not None:
                 values["probe_dice"][patient] = dice
-            values["grid_mm"][patient], values["position_mm"][patient] = position_only(pair)
         return {name: of_patient for name, of_patient in values.items() if of_patient}, torch.stack(scans)
 
     def model(self, folder: Path, device: str) -> Judged:
@@ -98,6 +103,10 @@ class Judge:
         found = list(predict_scans(model, cache, patients, roi_vox=card.roi_vox, overlap=OVERLAP, device=device))
         scores = [score for one in found for score in one.scores(LOBES)]
         return {name: per_patient(scores, name) for name in ("dice", "nsd", "hd95_mm")} | airless_errors(found)
+
+
+def _with_both_phases(cache: PairCache, patients: Sequence[str]) -> list[str]:
+    return [patient for patient in patients if len(cache.record(patient).phases()) == 2]
 
 
 def airless_errors(found: Iterable[Prediction]) -> Values:

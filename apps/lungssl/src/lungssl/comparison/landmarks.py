@@ -42,7 +42,8 @@ class PairPoints:
     exhale: PhaseScan
     inhale: PhaseScan
     query_mm: Float[Tensor, "q 3"]
-    truth_mm: Float[Tensor, "q 3"]
+    truth_mm: Float[Tensor, "q 3"] | None
+    """Of the query points, in inhale; None where the cache has no displacement."""
     affine: Float[Tensor, "3 4"]
     """Exhale mm to inhale mm."""
     candidates_mm: Float[Tensor, "c 3"]
@@ -67,11 +68,16 @@ class Found:
 
 
 def points_of(cache: PairCache, patient: str) -> PairPoints:
-    """Lung points of a pair whose displacement is known in the cache. Raises DataError where none is."""
+    """Lung points of a pair, with their partners where the cache has a displacement. Raises DataError for one phase, or
+    a displacement that isn't known in the lung.
+    """
     pair = cache[patient]
-    if pair.displacement is None or pair.exhale_to_inhale is None or len(pair.phases()) < 2:
-        raise DataError(f"{cache.folder}: patient {patient} has no displacement, so nothing can be looked up in it")
+    if pair.exhale_to_inhale is None or len(pair.phases()) < 2:
+        raise DataError(f"{cache.folder}: patient {patient} has one phase, so nothing can be looked up in it")
     field = pair.displacement
+    if field is None:
+        lung = lung_grid_mm(pair.scan("exhale")).numpy()
+        return with_points(pair, lung[np.random.default_rng(0).permutation(len(lung))[:POINTS]], None)
     u = np.moveaxis(field.u_mm, 0, -1)
     grid_mm = np.argwhere(np.isfinite(u).all(axis=-1))[:, ::-1] * np.asarray(field.spacing_mm) + field.origin_mm
     scan = pair.scan("exhale")
@@ -83,14 +89,16 @@ def points_of(cache: PairCache, patient: str) -> PairPoints:
     return with_points(pair, chosen, chosen + u[z, y, x])
 
 
-def with_points(pair: PhasePair, query_mm: Float[np.ndarray, "q 3"], truth_mm: Float[np.ndarray, "q 3"]) -> PairPoints:
+def with_points(
+    pair: PhasePair, query_mm: Float[np.ndarray, "q 3"], truth_mm: Float[np.ndarray, "q 3"] | None
+) -> PairPoints:
     """A pair with given points."""
     assert pair.exhale_to_inhale is not None
     return PairPoints(
         exhale=pair.scan("exhale"),
         inhale=pair.scan("inhale"),
         query_mm=torch.from_numpy(np.asarray(query_mm)).float(),
-        truth_mm=torch.from_numpy(np.asarray(truth_mm)).float(),
+        truth_mm=None if truth_mm is None else torch.from_numpy(np.asarray(truth_mm)).float(),
         affine=torch.from_numpy(pair.exhale_to_inhale).float(),
         candidates_mm=lung_grid_mm(pair.scan("inhale")),
     )
@@ -114,6 +122,7 @@ def lung_grid_mm(scan: PhaseScan, step_mm: float = GRID_MM) -> Float[Tensor, "n 
 
 def position_only(pair: PairPoints) -> tuple[float, float]:
     """Mean errors of the grid itself, and of the place nearest to where the coarse affine leads."""
+    assert pair.truth_mm is not None
     floor = torch.cdist(pair.truth_mm, pair.candidates_mm).amin(dim=1).mean()
     nearest = torch.cdist(pair.affine_places(), pair.candidates_mm).argmin(dim=1)
     affine = _distance(pair.candidates_mm[nearest], pair.truth_mm).mean()
@@ -137,6 +146,7 @@ def pair_features(
 
 def find(pair: PairPoints, query: Float[Tensor, "q d"], key: Float[Tensor, "c d"]) -> Found:
     """Each point is found at the candidate whose features have the highest cosine."""
+    assert pair.truth_mm is not None
     cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
     everywhere = _distance(pair.candidates_mm[cosine.argmax(dim=1)], pair.truth_mm)
     distance = torch.cdist(pair.affine_places(), pair.candidates_mm)

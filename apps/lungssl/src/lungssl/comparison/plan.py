@@ -6,6 +6,7 @@ that a changed plan repeats only what the change touches. Imports no torch; reso
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from lungssl.errors import ConfigError, did_you_mean
 from lungssl.recipe_files import recipe_text
 
 Equalised = Literal["steps", "flops"]
+ARM_NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,40}"
+"""Names of arms are in those of runs' folders."""
 Mode = Literal["full", "frozen"]
 """All weights are trained, or the decoder's alone."""
 
@@ -114,6 +117,15 @@ class LabelPlan:
     modes: tuple[Mode, ...] = ("full",)
     """Each regime in each of them."""
 
+    def __post_init__(self) -> None:
+        for name, values in (("patients", self.patients), ("modes", self.modes)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"labels.{name} must be different and at least one, got {list(values)}")
+        if min(self.patients) < 1 or self.draws < 1:
+            raise ValueError(
+                f"labels.patients and labels.draws must be at least 1, got {list(self.patients)} and {self.draws}"
+            )
+
     def regimes(self) -> list[Regime]:
         """The fewest labels first."""
         return [Regime(patients=n, mode=mode) for n in sorted(self.patients) for mode in self.modes]
@@ -133,8 +145,9 @@ class Plan:
     """By the letters of `domain.md` F, or any names."""
     contrasts: tuple[tuple[str, str], ...]
     """Pairs of arms, first less second."""
-    primary: tuple[str, ...] = ("landmark_mm", "dice")
-    """Endpoints that the plain sentences are about, declared beforehand; with `primary_contrasts` one family of tests.
+    primary: tuple[str, ...] = ("landmark_mm",)
+    """Endpoints that the plain sentences are about, declared beforehand; with `primary_contrasts` one family of tests,
+    which a test whose runs are missing or failed stays in, with p = 1.
     `dice@5`: at 5 labelled patients with all weights trained; `dice`: in every regime."""
     primary_contrasts: tuple[tuple[str, str], ...] | None = None
     """Those of `contrasts` that the family is of; None: all."""
@@ -153,24 +166,52 @@ class Plan:
     """Other phantoms, all of whose patients only judge: the shift test. --shift-data takes its place."""
 
     def __post_init__(self) -> None:
-        for name in {arm for pair in self.contrasts for arm in pair}:
-            if name not in self.arms:
-                raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, self.arms)}")
+        for name in self.arms:
+            if not re.fullmatch(ARM_NAME, name):
+                raise ValueError(
+                    f"arm {name!r}: expected a letter or digit, then up to 40 of these, '_', '.', '+', '-'"
+                )
+        for first, second in self.contrasts:
+            for name in (first, second):
+                if name not in self.arms:
+                    raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, self.arms)}")
+            if first == second:
+                raise ValueError(f"contrasts compare {first} with itself")
+        for name, values in (("contrasts", self.contrasts), ("primary", self.primary)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must be different and at least one, got {list(values)}")
         for entry in self.primary:
-            name, _, labels = entry.partition("@")
-            if name not in ENDPOINTS:
-                raise ValueError(f"primary names endpoint {name!r}{did_you_mean(name, ENDPOINTS)}")
-            if labels and (self.labels is None or labels not in map(str, self.labels.patients)):
-                raise ValueError(f"primary {entry!r} is of {labels} labelled patients, and labels.patients has no such")
+            self._check_primary(entry)
+        if self.primary_contrasts is not None and not self.primary_contrasts:
+            raise ValueError("primary_contrasts is empty; leave it out for all contrasts")
+        if self.window_vox is not None and self.window_vox < 1:
+            raise ValueError(f"window_vox must be at least 1, got {self.window_vox}")
         if unknown := set(self.primary_contrasts or ()) - set(self.contrasts):
             raise ValueError(f"primary_contrasts has {sorted(unknown)[0]}, which contrasts hasn't")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one, got {list(self.seeds)}")
 
+    def _check_primary(self, entry: str) -> None:
+        name, _, labels = entry.partition("@")
+        if name not in ENDPOINTS:
+            raise ValueError(f"primary names endpoint {name!r}{did_you_mean(name, ENDPOINTS)}")
+        of_labels = ENDPOINTS[name].of_labels
+        if of_labels and self.labels is None:
+            raise ValueError(f"primary {entry!r} is of models learned from labels, and the plan has no `labels`")
+        if labels and not of_labels:
+            raise ValueError(f"primary {entry!r}: {name} is of the encoder, without labels; write {name!r}")
+        if labels and (self.labels is None or labels not in map(str, self.labels.patients)):
+            raise ValueError(f"primary {entry!r} is of {labels} labelled patients, and labels.patients has no such")
+        if labels and self.labels is not None and "full" not in self.labels.modes:
+            raise ValueError(f"primary {entry!r} is of all weights trained, and labels.modes has no `full`")
+        if name.startswith("shift_") and self.shift is None:
+            raise ValueError(f"primary {entry!r} is of a shift test, and the plan has no `shift`")
+
     def is_primary(self, contrast: tuple[str, str], endpoint: str, regime: Regime | None) -> bool:
         """Whether this test is of the family declared beforehand."""
         names = {endpoint} if regime is None else {endpoint, f"{endpoint}@{regime.patients}" * (regime.mode == "full")}
-        return bool(names & set(self.primary)) and contrast in (self.primary_contrasts or self.contrasts)
+        family = self.contrasts if self.primary_contrasts is None else self.primary_contrasts
+        return bool(names & set(self.primary)) and contrast in family
 
     def as_dict(self) -> dict[str, Any]:
         """Plain YAML values; loading them gives the same plan."""

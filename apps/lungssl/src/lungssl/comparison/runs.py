@@ -2,11 +2,12 @@
 
 <out>/plan.yaml            the plan
 <out>/costs.json           what each arm costs
-<out>/runs/<id>/           run folders; checkpoints of finished ones are deleted
+<out>/runs/<id>/           run folders; checkpoints of finished ones are deleted; .<id>.lock is held by who makes one
 <out>/results/<id>.json    figures per patient, written when a run is finished or broke down; while it is there, the run
                            isn't repeated
 """
 
+import fcntl
 import json
 import shutil
 import time
@@ -25,7 +26,7 @@ from lungssl.comparison import cost
 from lungssl.comparison.estimates import estimated_cache
 from lungssl.comparison.judging import Judge
 from lungssl.comparison.plan import Finetune, Plan, Pretrain, Regime, as_text, finetune_runs, pretrain_runs, shard_of
-from lungssl.errors import ConfigError, TrainingError
+from lungssl.errors import ConfigError, DataError, TrainingError
 from lungssl.finetuning import Labels, finetune_segment
 from lungssl.pretraining import build_pretraining, cache_spacing_mm, check_spacing, pretrain
 from lungssl.training.allocator import keep_freed_memory
@@ -69,10 +70,12 @@ def carry_out(
     check_folder(out)
     keep_freed_memory()
     cache, shifted = PairCache(data), _shift_cache(plan, data, shift)
+    check_labels(plan, cache)
     about = {"data": cache.fingerprint(), "shift": None if shifted is None else shifted.fingerprint()}
     runs = pretrain_runs(plan, **about)
     caches = {"cache": data}
     if any(run.displacement == "estimated" for run in runs):
+        fair_costs(plan, runs, caches | {"estimated": data}, device=device)  # before minutes of estimating
         caches["estimated"] = estimated_cache(cache, out / "estimated", EstimateConfig(), say=say)
     costs = fair_costs(plan, runs, caches, device=device)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,16 +93,47 @@ def carry_out(
         passed = time.perf_counter() - started
         left = f", {duration(passed / done * (len(todo) - done))} left" if done else ""
         say(f"\n== {len(mine) - len(todo) + done + 1}/{len(mine)}{left}: {step.id}")
-        worker.make(step)
+        if not worker.make(step):
+            say("another process makes it; left out")
     wanted = wanted_ids(plan, **about)
-    results = {name: json.loads(worker.result(name).read_text()) for name in wanted if worker.result(name).is_file()}
+    results = {name: read_result(worker.result(name)) for name in wanted if worker.result(name).is_file()}
     return Outcome(
         folder=out, plan=plan, costs=costs, results=results, missing=[name for name in wanted if name not in results]
     )
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """Of a run. Raises DataError that names the file where it is damaged, or another run's."""
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        whole = row["id"] == path.stem and path.stem.startswith(row["arm"])
+        whole = whole and {"seed", "failed", "values", "scalars", "seconds", "commit"} <= set(row)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path}: damaged, or not the result of this run; delete it, and the run is made again")
+    return row
+
+
+def check_labels(plan: Plan, cache: PairCache) -> None:
+    """Raises ConfigError for more labelled patients than a cache has to learn from."""
+    if plan.labels is None:
+        return
+    known = sum(
+        any("lobes" in cache.phase_record(patient, phase).datasets for phase in cache.record(patient).phases())
+        for patient in cache.split("train")
+    )
+    if known < max(plan.labels.patients):
+        raise ConfigError(
+            f"labels.patients asks for {max(plan.labels.patients)} labelled patients, and {known} of split train have "
+            f"lobes; set labels.patients to fewer"
+        )
+
+
 def check_folder(out: Path) -> None:
     """Raises ConfigError for a folder that holds something else than a comparison, or than one that still estimates."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
     held = {one.name for one in out.iterdir()} if out.is_dir() else set()
     if held - {"estimated"} and "plan.yaml" not in held:
         raise ConfigError(f"--out {out} is not empty and holds no comparison (no plan.yaml); name another folder")
@@ -112,6 +146,7 @@ def wanted_ids(plan: Plan, data: str, shift: str | None) -> list[str]:
 
 def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
     """What a plan would make and what its arms cost, for a person. Raises as `carry_out`."""
+    check_labels(plan, PairCache(data))
     runs = pretrain_runs(plan, PairCache(data).fingerprint())
     # An estimate changes no cost but its own, and a dry run makes none.
     costs = fair_costs(plan, runs, {"cache": data, "estimated": data}, device=device)
@@ -166,8 +201,18 @@ class _Worker:
     def folder(self, run_id: str) -> Path:
         return self.out / "runs" / run_id
 
-    def make(self, step: Pretrain | Finetune) -> None:
-        """Make a run and write its result; one that breaks down is a result, too."""
+    def make(self, step: Pretrain | Finetune) -> bool:
+        """Make a run and write its result; one that breaks down is a result, too. False: another process is at it."""
+        with open(self.out / "runs" / f".{step.id}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by a process that is killed
+            except BlockingIOError:
+                return False
+            if not self.result(step.id).is_file():
+                self._make(step)
+            return True
+
+    def _make(self, step: Pretrain | Finetune) -> None:
         started = time.perf_counter()
         parent = step if isinstance(step, Pretrain) else step.parent
         about: dict[str, Any] = {"id": step.id, "arm": parent.arm, "seed": parent.seed, "commit": self._commit}
@@ -215,6 +260,11 @@ class _Worker:
     def _finetune(self, run: Finetune) -> dict[str, Any]:
         folder = self.folder(run.id)
         weights = self.folder(run.parent.id) / "export" / "encoder.safetensors"
+        if not weights.is_file() and not read_result(self.result(run.parent.id))["failed"]:
+            raise ConfigError(
+                f"{self.folder(run.parent.id)} isn't here, and models are to be learned on its encoder; copy runs/ of "
+                f"all shards into {self.out}, or delete {self.result(run.parent.id)}, and the encoder is made again"
+            )
         if not weights.is_file():
             raise TrainingError(f"its encoder {run.parent.id} has no weights: that run failed")
         summary = _whole(
@@ -263,6 +313,8 @@ def array_of(
     if any(place not in by_place for place in places):
         return None
     patients = sorted(by_place[places[0]])
+    if any(sorted(by_place[place]) != patients for place in places):
+        return None
     values = [
         [[by_place[seed, draw][patient] for draw in range(draws)] for seed in outcome.plan.seeds]
         for patient in patients

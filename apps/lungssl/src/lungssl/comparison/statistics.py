@@ -5,8 +5,9 @@ labels, paired between arms. Intervals and tests are about patients, for the enc
 another seed would give is shown apart, as `seed_sd`: three seeds are too few to infer from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -47,6 +48,9 @@ class Difference:
     def equivalent(self, margin: float) -> bool:
         """Whether the 90 % interval lies within plus and minus `margin`."""
         return bool(-margin < self.interval_90[0] and self.interval_90[1] < margin)
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def difference(
@@ -126,7 +130,7 @@ def studentised_intervals(
     return found
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Adjusted p of each test of a family (Holm 1979, doi:10.2307/4615733), in the same order."""
     ranked = sorted(p_values, key=lambda name: p_values[name])
     adjusted, least = {}, 0.0

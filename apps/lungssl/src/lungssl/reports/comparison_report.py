@@ -23,6 +23,8 @@ from lungssl.comparison.findings import (
     regimes,
     sentences,
     shown_endpoints,
+    shown_interval,
+    shown_p,
 )
 from lungssl.comparison.plan import ENDPOINTS, Regime, as_text
 from lungssl.comparison.runs import Outcome, array_of
@@ -31,13 +33,17 @@ from lungssl.reports.figures import png
 CAVEAT = (
     "Intervals and tests are over patients, for the encoders and draws of labels at hand; how much another seed gives "
     "is shown apart (SD over seeds). Contrasts of primary endpoints are adjusted together (Holm); all others are "
-    "exploratory."
+    "exploratory, each shown by its own p below 0.05. Equivalence isn't adjusted."
 )
 
 
-def write_report(outcome: Outcome) -> Path:
-    """`report.html`, `report.md` and `patients.csv` in the comparison's folder; returns the first."""
-    found = contrasts(outcome)
+def write_report(outcome: Outcome, found: Sequence[Contrast] | None = None) -> Path:
+    """`report.html`, `report.md` and `patients.csv` in the comparison's folder; returns the first.
+
+    `found`: the outcome's `contrasts`, where they have been made already.
+    """
+    found = contrasts(outcome) if found is None else found
+    environment = json.loads((outcome.folder / "env.json").read_text(encoding="utf-8"))
     page = {
         "title": outcome.plan.title,
         "caveat": " ".join(filter(None, [CAVEAT, power_note(found)])),
@@ -49,14 +55,14 @@ def write_report(outcome: Outcome) -> Path:
         "leakage": leakage_rows(outcome),
         "missing": outcome.missing,
         "plan": as_text(outcome.plan.as_dict()),
-        "command": f"lungssl compare {shlex.quote(str(outcome.folder / 'plan.yaml'))} --out {outcome.folder}",
-        "environment": json.loads((outcome.folder / "env.json").read_text(encoding="utf-8")),
+        "command": shlex.join(environment["command"]),
+        "environment": environment,
         "equalise": outcome.plan.equalise,
         "commits": sorted({str(row["commit"]) for row in outcome.results.values()}),
     }
     templates = files("lungssl") / "reports" / "templates"
     markdown = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
-    text = markdown.from_string((templates / "comparison.md").read_text(encoding="utf-8")).render(page)
+    text = markdown.from_string((templates / "comparison.md").read_text(encoding="utf-8")).render(_for_markdown(page))
     (outcome.folder / "report.md").write_text(text, encoding="utf-8")
     figures = {"forest": png(forest_figure(found))}
     if outcome.plan.labels is not None:
@@ -119,14 +125,13 @@ def contrast_rows(found: Sequence[Contrast]) -> list[dict[str, str]]:
         if value is None:
             rows.append(row | dict.fromkeys(("difference", "95 %", "p", "p, Holm", "effect", "SD, seeds"), "–"))
         else:
-            low, high = value.interval_95
             rows.append(
                 row
                 | {
                     "difference": f"{value.mean:+.{endpoint.digits}f}{f' {endpoint.unit}' if endpoint.unit else ''}",
-                    "95 %": f"{low:+.{endpoint.digits}f} to {high:+.{endpoint.digits}f}",
-                    "p": f"{value.p:.3f}",
-                    "p, Holm": "" if one.p_holm is None else f"{one.p_holm:.3f}",
+                    "95 %": shown_interval(value, endpoint.digits),
+                    "p": shown_p(value.p),
+                    "p, Holm": "" if one.p_holm is None else shown_p(one.p_holm),
                     "effect": f"{value.effect:+.2f}",
                     "SD, seeds": "–" if value.seed_sd is None else f"{value.seed_sd:.{endpoint.digits}f}",
                 }
@@ -149,10 +154,10 @@ def leakage_rows(outcome: Outcome) -> list[dict[str, str]]:
     return [
         {
             "run": row["id"],
-            "phase AUC": f"{row['scalars']['phase_auc']:.2f}",
-            "paired retrieval": f"{row['scalars']['retrieval_top1']:.2f}",
-            "RankMe": f"{row['scalars']['rankme']:.1f}",
-            "verdict": row["verdict"],
+            "phase AUC": f"{row['scalars'].get('phase_auc', math.nan):.2f}",
+            "paired retrieval": f"{row['scalars'].get('retrieval_top1', math.nan):.2f}",
+            "RankMe": f"{row['scalars'].get('rankme', math.nan):.1f}",
+            "verdict": row.get("verdict", ""),
         }
         for row in outcome.results.values()
         if row["scalars"]
@@ -161,7 +166,13 @@ def leakage_rows(outcome: Outcome) -> list[dict[str, str]]:
 
 def forest_figure(found: Sequence[Contrast]) -> Figure:
     """Standardised differences, turned so that better is to the right."""
-    shown = [one for one in found if one.difference is not None and one.difference.patient_sd > 0]
+    shown = [
+        one
+        for one in found
+        if one.difference is not None
+        and one.difference.patient_sd > 0
+        and all(map(math.isfinite, one.difference.interval_95))
+    ]
     figure = Figure(figsize=(8, 0.9 + 0.34 * max(1, len(shown))), layout="constrained")
     axes = figure.subplots()
     for place, one in enumerate(shown):
@@ -196,7 +207,7 @@ def label_figure(outcome: Outcome) -> Figure:
                     points.append((n, of_patient.mean(), of_patient.std(ddof=1) / math.sqrt(len(of_patient))))
             if points:
                 x, y, error = (np.array(column) for column in zip(*points, strict=True))
-                area = f" ({area_under(x, y):.3f})" if len(x) > 1 else ""
+                area = f" ({area_under(x, y):.3f})" if len(x) == len(counts) > 1 else ""
                 apart = x * 2 ** (0.04 * (place - len(outcome.plan.arms) / 2))  # so that error bars don't hide others
                 axes.errorbar(apart, y, yerr=error, label=name + area, marker="o", markersize=4, capsize=2)
         axes.set_title("all weights trained" if mode == "full" else "encoder frozen", fontsize=9)
@@ -213,6 +224,15 @@ def area_under(labels: Float[ndarray, " n"], dice: Float[ndarray, " n"]) -> floa
     """Mean height of a label-efficiency curve over the logarithm of the number of labelled patients."""
     x = np.log2(labels)
     return float(np.trapezoid(dice, x) / (x[-1] - x[0]))
+
+
+def _for_markdown(value: Any) -> Any:
+    """Text, in lists and dicts too, that is no markup and stays in its cell of a table."""
+    if isinstance(value, dict):
+        return {_for_markdown(key): _for_markdown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_for_markdown(item) for item in value]
+    return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|") if isinstance(value, str) else value
 
 
 def _spread(found: tuple[float, float, float], digits: int) -> str:
