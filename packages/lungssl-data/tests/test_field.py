@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from lungssl_data.field import read_field, write_field
+from lungssl_data.readers.checks import damaged
 from lungssl_data.volume import Geometry
 
 GRID = Geometry(shape=(3, 4, 5), spacing_mm=(1.0, 2.0, 3.0), origin_mm=(-7.0, 5.0, 11.0), direction=np.eye(3))
@@ -101,3 +102,13 @@ def test_voxels_of_another_file_are_never_taken(tmp_path: Path, lines: str) -> N
     path.write_bytes((header + lines).encode() + np.zeros(3 * 60, "<f4").tobytes())
     with pytest.raises(ValueError, match="header is not spelled as MetaImage's are"):
         read_field(path)
+
+
+def test_a_file_that_cant_be_read_for_want_of_memory_isnt_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    assert "damaged" in str(damaged("u.mha"))
+    monkeypatch.setattr("lungssl_data.readers.checks.mmap.mmap", none)
+    with pytest.raises(MemoryError):
+        damaged("u.mha")

@@ -1,5 +1,6 @@
 """What every reader refuses, and how every writer replaces a file."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ LARGEST_BYTES = 4 << 30
 """A header that claims more is refused: a 512 x 512 x 2000 CT takes 1 GiB as int16, 4 GiB as float64."""
 DEFLATE_RATIO = 1032
 """Deflate cannot shrink data further (https://www.zlib.net/zlib_tech.html)."""
+FEW_BYTES = 4 << 20
+"""Without so much, libraries can't even read a header, and call the file what they like."""
 SHEAR_DEGREES = 0.1
 """Index axes this far from a right angle displace the far corner of a 300 mm scan by 0.5 mm."""
 VOXEL_MM = (0.01, 100.0)
@@ -132,7 +135,14 @@ def check_file(claim_bytes: int, stored_bytes: int, *, encoding: str, name: str)
 
 
 def damaged(name: str) -> VolumeError:
-    """The error for a file that its library cannot decode; the library's own text may quote the file."""
+    """The error for a file that its library cannot decode; the library's own text may quote the file.
+
+    Raises MemoryError where not even FEW_BYTES are to be had: then the file may be sound.
+    """
+    try:
+        mmap.mmap(-1, FEW_BYTES).close()
+    except OSError as error:
+        raise MemoryError("out of memory while reading a file") from error
     return VolumeError("the file is damaged or truncated and cannot be decoded; copy or export it again", name=name)
 
 
