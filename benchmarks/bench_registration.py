@@ -51,7 +51,14 @@ PHANTOMS = {
 }
 """Preset, motion and seed. Weights were chosen on seeds 5001 and 6002."""
 UNJUDGED = Trust(
-    overlap=0.0, similarity=0.0, disagreement_mm=0.0, folded_share=0.0, jacobian_sd=0.0, volume_ratio=0.0, doubts=()
+    overlap=0.0,
+    unseen_share=0.0,
+    similarity=0.0,
+    disagreement_mm=0.0,
+    folded_share=0.0,
+    jacobian_sd=0.0,
+    volume_ratio=0.0,
+    doubts=(),
 )
 """Of fields that aren't ours."""
 DENSE_POINTS = 20_000

@@ -25,6 +25,8 @@ WINDOW = 5
 """LNCC's, in voxels."""
 EPS = 1e-4
 """As in `descent.py`."""
+LEAST_SEEN = 0.5
+"""Of the fixed lung and its rim, at least so much lies within the moving scan; what doesn't is not counted."""
 POINTS = 20_000
 """Of a lung, to take moments of."""
 
@@ -135,7 +137,8 @@ class _Problem:
         self.centre, self.size = inside.mean(axis=0), max(float(inside.std()), 1.0)
 
     def similarity(self, affine: Float[np.ndarray, "3 4"]) -> float:
-        matrix = sampling_matrix(*self.scans, affine, self.device)
+        near, far = (scan.geometry() for scan in self.scans)
+        matrix = sampling_matrix(near, far, affine, self.device)
         return float(self._lncc(matrix))
 
     def refined(
@@ -170,9 +173,11 @@ class _Problem:
     def _lncc(self, matrix: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:
         z, y, x = self.fixed.shape[2:]
         grid = F.affine_grid(matrix[None], [1, 1, z, y, x], align_corners=True)
-        # What lies beyond the moving scan is no lung.
-        warped = 1 - F.grid_sample(1 - self.moving, grid, padding_mode="zeros", align_corners=True)
-        return lncc(self.fixed, warped, window=WINDOW, eps=EPS, mask=self.counts).sum()
+        warped = F.grid_sample(self.moving, grid, padding_mode="border", align_corners=True)
+        seen = self.counts * (grid.abs() <= 1).all(dim=-1)[None]
+        if seen.sum() < LEAST_SEEN * self.counts.sum():  # or it would look best where it sees least
+            return lncc(self.fixed, warped, window=WINDOW, eps=EPS, mask=self.counts).sum() - 1
+        return lncc(self.fixed, warped, window=WINDOW, eps=EPS, mask=seen).sum()
 
 
 def _lung_image(scan: PhaseScan, device: torch.device) -> Float[Tensor, "1 1 z y x"]:

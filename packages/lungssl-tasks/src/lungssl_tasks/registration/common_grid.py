@@ -3,6 +3,7 @@
 What comes after looks only for the rest v: a fixed point p lies at A(p + v(p)) in the moving scan.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ class CommonGrid:
     """0 or 1."""
     moving_hu: Float[Tensor, "1 1 z y x"]
     moving_lung: Float[Tensor, "1 1 z y x"]
+    moving_seen: Float[Tensor, "1 1 z y x"]
+    """1 where the moving scan has voxels."""
     spacing_mm: float
 
     def lungs(self) -> tuple[Float[Tensor, "1 1 z y x"], Float[Tensor, "1 1 z y x"]]:
@@ -47,30 +50,32 @@ def common_grid(
 
     `multiple`: what the padded sides are to be divided by.
     """
-    to_vox = sampling_matrix(fixed, moving, affine, device)
     short = [(-size) % multiple for size in fixed.ct_hu.shape]
     padding = [0, short[2], 0, short[1], 0, short[0]]
-    z, y, x = fixed.ct_hu.shape
-    theta = to_vox[None]
+    z, y, x = (size + more for size, more in zip(fixed.ct_hu.shape, short, strict=True))
+    padded = dataclasses.replace(fixed.geometry(), shape=(z, y, x))
+    theta = sampling_matrix(padded, moving.geometry(), affine, device)[None]
     grid = F.affine_grid(theta, [1, 1, z, y, x], align_corners=True)
     hu, lung = (
         F.grid_sample(_tensor(values, device), grid, padding_mode="border", align_corners=True)
         for values in (moving.ct_hu, moving.lung > 0)
     )
+    seen = (grid.abs() <= 1).all(dim=-1)[None].float()
     return CommonGrid(
         fixed_hu=F.pad(_tensor(fixed.ct_hu, device), padding, mode="replicate"),
         fixed_lung=F.pad(_tensor(fixed.lung > 0, device), padding),
-        moving_hu=F.pad(hu, padding, mode="replicate"),
-        moving_lung=F.pad((lung > 0.5).float(), padding),
+        moving_hu=hu,
+        moving_lung=(lung > 0.5).float(),
+        moving_seen=seen,
         spacing_mm=fixed.spacing_mm[0],
     )
 
 
 def sampling_matrix(
-    fixed: PhaseScan, moving: PhaseScan, affine: Float[np.ndarray, "3 4"], device: torch.device
+    fixed: Geometry, moving: Geometry, affine: Float[np.ndarray, "3 4"], device: torch.device
 ) -> Float[Tensor, "3 4"]:
     """`affine` between the coordinates of `torch.nn.functional.grid_sample`, -1 to 1 from first to last voxel."""
-    from_unit, to_unit = unit_to_mm(fixed.geometry()), np.linalg.inv(unit_to_mm(moving.geometry()))
+    from_unit, to_unit = unit_to_mm(fixed), np.linalg.inv(unit_to_mm(moving))
     whole = to_unit @ np.vstack([affine, [0, 0, 0, 1]]) @ from_unit
     return torch.from_numpy(whole[:3]).float().to(device)
 

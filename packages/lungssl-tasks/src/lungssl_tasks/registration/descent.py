@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from lungssl_ops.lncc import lncc
-from lungssl_ops.warp import jacobian_determinant, warp_loss_terms
+from lungssl_ops.warp import jacobian_determinant, warp, warp_loss_terms
 from torch import Tensor
 
 from lungssl_tasks.registration.common_grid import CommonGrid
@@ -77,7 +77,9 @@ def descend(
         factor = _factor(level, pair.spacing_mm)
         near, far, lung = (F.avg_pool3d(one, factor) for one in (fixed, moving, pair.fixed_lung))
         lung = (lung > 0.5).float()
-        counts, smooth = _grown(lung, level.rim), _grown(lung, 1)
+        smooth = _grown(lung, 1)
+        seen = F.avg_pool3d(warp(pair.moving_seen, v_vox), factor)
+        counts = _grown(lung, level.rim) * (seen > 0.99)  # what the moving scan cuts off is led by what is around it
         nodes = (F.avg_pool3d(v_vox, factor * NODES) / factor).requires_grad_(True)
         adam = torch.optim.Adam([nodes], lr=level.rate, eps=STILL)
         of_nodes = lung.sum() / NODES**3

@@ -18,6 +18,8 @@ WINDOW = 7
 """LNCC's, in voxels: the descent's."""
 LEAST_OVERLAP = 0.9
 """Registered phantoms and the open pairs have 0.97 to 0.995; a scan that lacks a lung 0.68, a third of it 0.79."""
+MOST_UNSEEN = 0.02
+"""Ours: the edge of a scan that just holds the lungs costs less."""
 LEAST_SIMILARITY = 0.42
 """Phantoms of 2 and 4 mm have 0.69 to 0.79, real lungs 0.53 to 0.60; strangers' lungs 0.17 to 0.34 (docs/log.md)."""
 MOST_DISAGREEMENT_MM = 3.0
@@ -30,7 +32,9 @@ class Trust:
     """Figures of a registration, in the fixed lung."""
 
     overlap: float
-    """Dice of the lungs after it."""
+    """Dice of the lungs after it, where the moving scan has voxels."""
+    unseen_share: float
+    """Of the fixed lung, what lies beyond the moving scan."""
     similarity: float
     """Mean squared local correlation of the lungs' insides, 0 to 1; their edges don't count."""
     disagreement_mm: float
@@ -56,15 +60,18 @@ def judge(
 ) -> Trust:
     """Judge the field v of a pair."""
     near, far = pair.lungs()
-    lung = pair.fixed_lung > 0
+    seen = warp(pair.moving_seen, v_vox) > 0.99
+    unseen_share = 1 - float((pair.fixed_lung * seen).sum() / pair.fixed_lung.sum())
+    lung = (pair.fixed_lung > 0) & seen
     inner = 1 - F.max_pool3d(1 - pair.fixed_lung, 3, stride=1, padding=1)
-    warped_lung = warp(pair.moving_lung, v_vox) > 0.5
+    warped_lung = (warp(pair.moving_lung, v_vox) > 0.5) & seen
     both = inner * warped_lung
     similarity = float(lncc(near, warp(far, v_vox), window=WINDOW, eps=EPS, mask=both)) if both.any() else 0.0
     overlap = 2 * float((warped_lung & lung).sum()) / max(1.0, float(warped_lung.sum() + lung.sum()))
     jacobian = jacobian_determinant(v_vox)[0][inner[0, 0] > 0].double() * float(np.linalg.det(affine[:, :3]))
     figures = {
         "overlap": overlap,
+        "unseen_share": unseen_share,
         "similarity": similarity,
         "disagreement_mm": disagreement_mm,
         "folded_share": float((jacobian <= 0).double().mean()) if len(jacobian) else 0.0,
@@ -79,6 +86,11 @@ def _doubts(figures: dict[str, float], fixed: PhaseScan, moving: PhaseScan) -> I
     for name, ours, others in (("fixed", here, there), ("moving", there, here)):
         if alone := sorted(LUNGS[side] for side in ours - others):
             yield f"only the {name} scan shows a {' and a '.join(alone)} lung, of which the field says nothing"
+    if figures["unseen_share"] > MOST_UNSEEN:
+        yield (
+            f"{figures['unseen_share']:.0%} of the fixed lung lies beyond the moving scan; there the field is a guess "
+            f"from what is around it"
+        )
     if figures["overlap"] < LEAST_OVERLAP:
         yield (
             f"the lungs overlap by {figures['overlap']:.2f} (Dice) after registration, expected at least "
