@@ -11,11 +11,12 @@ from lungssl_data.volume import Geometry
 from lungssl_ops.warp import jacobian_determinant
 from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register
 from lungssl_tasks.registration.alignment import align
+from lungssl_tasks.registration.common_grid import common_grid
 from lungssl_tasks.registration.descent import DescentConfig, Level, unfolded
 from lungssl_tasks.registration.register import filled
-from lungssl_tasks.registration.search import SearchConfig
+from lungssl_tasks.registration.search import SearchConfig, search
 from lungssl_tasks.registration.trust import Trust
-from scipy import ndimage
+from scipy import ndimage, spatial
 
 COARSE = RegistrationConfig(
     spacing_mm=7.0,
@@ -112,6 +113,36 @@ def test_what_speaks_against_a_registration_is_said(pair: Pair) -> None:
     assert "of the fixed lung lies beyond the moving scan" in register(exhale, short, COARSE).trust.doubts[0]
     stranger = register(exhale, made(4)[1], COARSE).trust
     assert "look whether both scans are of one patient" in " ".join(stranger.doubts)
+
+
+def test_given_features_lead_the_search(pair: Pair, found: Registration) -> None:
+    """Features that are the true place in exhale, at both scans: the search finds it, whatever MIND-SSC says."""
+    exhale, inhale, truth_mm = pair
+    lung = exhale.lung > 0
+    places = lung_points_mm(exhale)
+    tree = spatial.KDTree(places + truth_mm[:, lung].T)
+
+    def told(scan: PhaseScan, points_mm: np.ndarray) -> torch.Tensor:
+        if scan.ct_hu.shape == exhale.ct_hu.shape and scan.origin_mm == exhale.origin_mm:
+            return torch.from_numpy(points_mm)
+        return torch.from_numpy(places[tree.query(points_mm)[1]])
+
+    fine = SearchConfig(grid_mm=7.0, reach_mm=21.0)
+    searched = dataclasses.replace(COARSE, search=fine, descent=DescentConfig(levels=()))
+
+    def noise(scan: PhaseScan, points_mm: np.ndarray) -> torch.Tensor:
+        return torch.randn(len(points_mm), 5, generator=torch.Generator().manual_seed(len(points_mm)))
+
+    plain, led, misled = (
+        register(exhale, inhale, searched, affine=found.affine, features=one) for one in (None, told, noise)
+    )
+    truth = truth_mm[:, lung].T
+    errors = [np.linalg.norm(one.at(places) - truth, axis=1).mean() for one in (plain, led, misled)]
+    assert errors[1] < 0.85 * errors[0]  # labels are 7 mm apart: 3.4 mm are left of the best of them
+    assert errors[2] > errors[0]
+    with pytest.raises(ValueError, match=r"given features have shape \(1, 2, 1, 1, 1\), expected \[1, c, "):
+        grid = common_grid(exhale, inhale, found.affine, multiple=2, device=torch.device("cpu"))
+        search(grid, COARSE.search, (torch.zeros(1, 2, 1, 1, 1), torch.zeros(1, 2, 1, 1, 1)))
 
 
 def test_scans_that_cant_be_registered_are_refused(pair: Pair) -> None:

@@ -12,11 +12,13 @@ from lungssl_data.pair import PhaseScan
 from lungssl_data.volume import Geometry
 
 from lungssl_tasks.registration.alignment import AlignmentConfig, align
-from lungssl_tasks.registration.common_grid import common_grid, unit_to_mm
+from lungssl_tasks.registration.common_grid import CommonGrid, common_grid, unit_to_mm
 from lungssl_tasks.registration.descent import DescentConfig, Level, descend
 from lungssl_tasks.registration.search import SearchConfig, search
 from lungssl_tasks.registration.trust import Trust, judge
 
+PointFeatures = Callable[[PhaseScan, Float[np.ndarray, "n 3"]], Float[torch.Tensor, "n c"]]
+"""Features of a scan at points within it, LPS mm."""
 ROWS = 1 << 20
 """Points that `Registration.on_grid` takes at a time: some 100 MB of working memory."""
 
@@ -116,14 +118,16 @@ def register(
     config: RegistrationConfig | None = None,
     *,
     affine: Float[np.ndarray, "3 4"] | None = None,
+    features: PointFeatures | None = None,
     device: torch.device | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Registration:
     """Register `moving` to `fixed`, two scans with lung masks and cubes of one size.
 
-    `affine`, fixed to moving LPS mm, is looked for unless given. `say` hears of each stage. A lung that only one scan
-    shows is left out, and is a doubt. Raises ValueError for voxels that aren't cubes, an empty lung, or scans with no
-    lung of the same side.
+    `affine`, fixed to moving LPS mm, is looked for unless given. `features` of points, an encoder's, take the place of
+    MIND-SSC in the search, or stand beside it (`SearchConfig.given_share`). `say` hears of each stage. A lung that only
+    one scan shows is left out, and is a doubt. Raises ValueError for voxels that aren't cubes, an empty lung, or scans
+    with no lung of the same side.
     """
     config = config or PRESETS["default"]
     device = device or torch.device("cpu")
@@ -145,7 +149,8 @@ def register(
         say("affine")
     spacing_mm = fixed.spacing_mm[0]
     pair = common_grid(fixed, moving, affine, multiple=config.descent.multiple(spacing_mm), device=device)
-    v_vox, disagreement_mm = search(pair, config.search)
+    given = None if features is None else _coarse_features(pair, fixed, moving, affine, features, config.search)
+    v_vox, disagreement_mm = search(pair, config.search, given)
     say("search")
     v_vox = descend(pair, v_vox, config.descent, say=say)
     v_vox = filled(v_vox, F.max_pool3d(pair.fixed_lung, 3, stride=1, padding=1) > 0)
@@ -153,6 +158,31 @@ def register(
     z, y, x = fixed.ct_hu.shape
     v_mm = (v_vox[0, :, :z, :y, :x] * spacing_mm).cpu().numpy()
     return Registration(affine=affine, v_mm=v_mm, grid=fixed.geometry(), trust=trust)
+
+
+def _coarse_features(
+    pair: CommonGrid,
+    fixed: PhaseScan,
+    moving: PhaseScan,
+    affine: Float[np.ndarray, "3 4"],
+    features: PointFeatures,
+    config: SearchConfig,
+) -> tuple[Float[torch.Tensor, "1 c z y x"], Float[torch.Tensor, "1 c z y x"]]:
+    """At the middles of the coarse grid's voxels, and where the affine takes them; 0 beyond the scans."""
+    block, spacing_mm = config.block(pair.spacing_mm), np.asarray(fixed.spacing_mm)
+    shape = [-(-size // block) for size in pair.fixed_hu.shape[2:]]
+    middles = np.argwhere(np.ones(shape, bool))[:, ::-1] * block + (block - 1) / 2
+    here = middles * spacing_mm + np.asarray(fixed.origin_mm)
+    found = []
+    for scan, points in ((fixed, here), (moving, here @ affine[:, :3].T + affine[:, 3])):
+        last = (np.array(scan.ct_hu.shape[::-1]) - 1) * np.asarray(scan.spacing_mm)
+        offset = points - np.asarray(scan.origin_mm)
+        inside = ((offset >= 0) & (offset <= last)).all(axis=1)
+        some = features(scan, points[inside])
+        whole = torch.zeros(len(points), some.shape[1])
+        whole[torch.from_numpy(inside)] = some.float().cpu()
+        found.append(whole.T.reshape(1, -1, *shape).to(pair.fixed_hu.device))
+    return found[0], found[1]
 
 
 def filled(
