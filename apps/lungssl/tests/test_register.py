@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from lungssl import registering
 from lungssl.cli import main
+from lungssl_backbones import create_backbone
+from lungssl_backbones.weights import save_encoder
 from lungssl_data.field import read_field, write_field
 from lungssl_data.phantom import PhantomConfig, make_phantom
 from lungssl_data.points import read_points, write_points
@@ -123,6 +126,17 @@ def test_a_coarser_field_has_voxels_of_the_image(scans: Path, tmp_path: Path) ->
     coarse = registering.coarser(grid, 3.2)
     assert coarse.spacing_mm == (3.0, 3.0, 4.0) and coarse.shape == (9, 5, 4) and coarse.origin_mm == grid.origin_mm
     assert registering.coarser(grid, None) is grid
+
+
+def test_an_encoders_features_take_part_in_the_search(scans: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_encoder(create_backbone("resenc_tiny", spacing_mm=8.0), tmp_path / "encoder.safetensors")
+    more = ("--encoder", tmp_path / "encoder.safetensors")
+    assert main(command(scans, tmp_path / "u.mha")) == 0 and main(command(scans, tmp_path / "v.mha", *more)) == 0
+    without, with_it = (read_field(tmp_path / f"{name}.mha")[0] for name in "uv")
+    lung = read_labels(scans / "exhale_lung.nii.gz").labels > 0
+    apart = np.linalg.norm(without - with_it, axis=0)[lung]
+    assert 0.01 < apart.mean() < 16  # random features lead elsewhere, but not astray
 
 
 def test_masks_without_sides_are_of_both_lungs(scans: Path, tmp_path: Path) -> None:

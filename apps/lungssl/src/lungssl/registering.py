@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from jaxtyping import Float, Float32
+from lungssl_backbones.encoder import Encoder
+from lungssl_backbones.weights import load_encoder
 from lungssl_data.field import field_image
 from lungssl_data.lung_mask import LungMaskError
 from lungssl_data.pair import AIR_HU, PhaseScan
@@ -21,9 +23,17 @@ from lungssl_data.volume import Geometry, LabelMap, Volume
 from lungssl_ops.warp import jacobian_determinant
 from lungssl_tasks.registration import PRESETS, Registration, register
 from numpy import ndarray
+from torch import nn
 
+from lungssl.comparison.landmarks import point_features
 from lungssl.errors import ConfigError, DataError, did_you_mean
+from lungssl.finetuning import encoder_file
 from lungssl.training.precision import pick_device
+
+ENCODER_SHARE = 0.5
+"""Of the search's cost, what an encoder's features have beside MIND-SSC. Not tuned."""
+WINDOW_MM = 192.0
+"""Side of the windows that an encoder sees, as plan `phases` trains and judges them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +98,13 @@ def register_files(
     fixed_mask: Path | None = None,
     moving_mask: Path | None = None,
     preset: str = "default",
+    encoder: Path | None = None,
     device: str = "auto",
     say: Callable[[str], None],
 ) -> Registered:
     """Register the scan in `moving` to that in `fixed`; masks of the lungs are made where none is given.
+
+    `encoder`: a pretraining run or weights, whose features stand beside MIND-SSC in the search, each for half the cost.
 
     Raises ConfigError for an unknown preset, DataError for scans whose lungs can't be found or matched, and what the
     readers raise.
@@ -99,6 +112,7 @@ def register_files(
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}")
     config = PRESETS[preset]
+    backbone = None if encoder is None else load_encoder(encoder_file(encoder))
     volumes = {"fixed": read_volume(fixed), "moving": read_volume(moving)}
     masks = {
         role: None if path is None else read_labels(path)
@@ -107,7 +121,8 @@ def register_files(
     # Where a mask says no sides, both lungs are taken for one: the sides that another mask names would go astray.
     one_code = any(mask is not None and len(set(np.unique(mask.labels)) - {0}) == 1 for mask in masks.values())
     started = time.perf_counter()
-    scans = {}
+    scans: dict[str, PhaseScan] = {}
+    seen: dict[str, PhaseScan] = {}  # as the encoder sees them
     for role, volume in volumes.items():
         mask = masks[role]
         if mask is not None and not mask.labels.any():
@@ -120,13 +135,21 @@ def register_files(
             scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=config.spacing_mm), lung=mask)
         except LungMaskError as error:
             raise DataError(f"--{role}: {error}; give --{role}-mask") from error
+        if backbone is not None:
+            assert isinstance(backbone, Encoder)
+            seen[role] = prepare_scan(volume, config=PrepareConfig(spacing_mm=backbone.spacing_mm), lung=mask)
         scans[role] = dataclasses.replace(scan, lung=(scan.lung > 0).astype(np.uint8)) if one_code else scan
         say(f"{role}: lungs {float((scan.lung > 0).sum()) * config.spacing_mm**3 / 1e6:.2f} l")
+    features = None
+    if backbone is not None:
+        features = encoder_features(backbone, seen)
+        config = dataclasses.replace(config, search=dataclasses.replace(config.search, given_share=ENCODER_SHARE))
     try:
         found = register(
             scans["fixed"],
             scans["moving"],
             config,
+            features=features,
             device=pick_device(device),
             say=lambda stage: say(f"{stage} after {time.perf_counter() - started:.1f} s"),
         )
@@ -140,6 +163,24 @@ def register_files(
         preset=preset,
         seconds=time.perf_counter() - started,
     )
+
+
+def encoder_features(
+    encoder: nn.Module, scans: Mapping[str, PhaseScan]
+) -> Callable[[str, Float[ndarray, "n 3"]], Float[torch.Tensor, "n c"]]:
+    """Frozen features of each scan at points, LPS mm; points beyond a scan's voxels take those of its border."""
+    assert isinstance(encoder, Encoder)
+    stride = encoder.token_stride_vox
+    side_vox = max(1, round(WINDOW_MM / encoder.spacing_mm / stride)) * stride
+
+    def features(role: str, points_mm: Float[ndarray, "n 3"]) -> Float[torch.Tensor, "n c"]:
+        scan = scans[role]
+        first = np.asarray(scan.origin_mm)
+        last = first + (np.array(scan.ct_hu.shape[::-1]) - 1) * np.asarray(scan.spacing_mm)
+        inside = torch.from_numpy(np.clip(points_mm, first, last)).float()
+        return point_features(encoder, scan, inside, side_vox)
+
+    return features
 
 
 def coarser(grid: Geometry, spacing_mm: float | None) -> Geometry:

@@ -15,6 +15,9 @@ def register(
     fixed_mask: Annotated[Path | None, typer.Option(help="Lungs of --fixed; without it they are found.")] = None,
     moving_mask: Annotated[Path | None, typer.Option(help="Lungs of --moving.")] = None,
     preset: Annotated[str, typer.Option(help="fast, default or accurate.")] = "default",
+    encoder: Annotated[
+        Path | None, typer.Option(help="A pretraining run or an encoder.safetensors, to search by its features, too.")
+    ] = None,
     field_mm: Annotated[
         float | None, typer.Option(help="Voxels of the field, about; without it those of --fixed.")
     ] = None,
@@ -66,7 +69,14 @@ def register(
     from lungssl import registering
 
     found = registering.register_files(
-        fixed, moving, fixed_mask=fixed_mask, moving_mask=moving_mask, preset=preset, device=device, say=print
+        fixed,
+        moving,
+        fixed_mask=fixed_mask,
+        moving_mask=moving_mask,
+        preset=preset,
+        encoder=encoder,
+        device=device,
+        say=print,
     )
     write_field(output, *found.field(field_mm))
     if inverse is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from lungssl_tasks.registration.descent import DescentConfig, Level, descend
 from lungssl_tasks.registration.search import SearchConfig, search
 from lungssl_tasks.registration.trust import Trust, judge
 
-PointFeatures = Callable[[PhaseScan, Float[np.ndarray, "n 3"]], Float[torch.Tensor, "n c"]]
-"""Features of a scan at points within it, LPS mm."""
+PointFeatures = Callable[[Literal["fixed", "moving"], Float[np.ndarray, "n 3"]], Float[torch.Tensor, "n c"]]
+"""Features of one of the two scans at points within it, LPS mm."""
 ROWS = 1 << 20
 """Points that `Registration.on_grid` takes at a time: some 100 MB of working memory."""
 
@@ -174,11 +175,14 @@ def _coarse_features(
     middles = np.argwhere(np.ones(shape, bool))[:, ::-1] * block + (block - 1) / 2
     here = middles * spacing_mm + np.asarray(fixed.origin_mm)
     found = []
-    for scan, points in ((fixed, here), (moving, here @ affine[:, :3].T + affine[:, 3])):
+    there = here @ affine[:, :3].T + affine[:, 3]
+    roles: tuple[tuple[Literal["fixed", "moving"], PhaseScan, np.ndarray], ...]
+    roles = ("fixed", fixed, here), ("moving", moving, there)
+    for role, scan, points in roles:
         last = (np.array(scan.ct_hu.shape[::-1]) - 1) * np.asarray(scan.spacing_mm)
         offset = points - np.asarray(scan.origin_mm)
         inside = ((offset >= 0) & (offset <= last)).all(axis=1)
-        some = features(scan, points[inside])
+        some = features(role, points[inside])
         whole = torch.zeros(len(points), some.shape[1])
         whole[torch.from_numpy(inside)] = some.float().cpu()
         found.append(whole.T.reshape(1, -1, *shape).to(pair.fixed_hu.device))
