@@ -104,6 +104,8 @@ def keep(folder: Path, path: Path) -> None:
     for one in (folder / "results").glob("*.json"):
         rows[one.stem] = rounded(json.loads(one.read_text()))
     head = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("costs", "env")}
+    # Of whoever made the last stretch, with a folder of that machine.
+    head["env"]["command"] = ["uv", "run", "python", "benchmarks/pilot.py", "--out", "DIR", "--parts", folder.name]
     lines = ",\n".join(json.dumps(rows[name]) for name in sorted(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n')
