@@ -185,7 +185,7 @@ def forest_figure(found: Sequence[Contrast]) -> Figure:
         axes.plot(turn * value.mean, place, "s" if one.primary else "o", color=colour, markersize=6)
     axes.axvline(0, color="#1c2530", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel("difference in standard deviations over patients; right: the first arm is better", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
