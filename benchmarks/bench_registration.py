@@ -7,7 +7,7 @@ Pairs: four semi-synthetic ones and a real one with landmarks from `../shared/da
 SD of ln J as `lungssl_tasks.registration.scores` defines them, seconds of registering (imports and files left out, the
 affine's in) and peak memory of the process. `--peer-python`: an interpreter with antspyx, itk-elastix, convexAdam and
 SimpleITK; peers that it lacks are named and left out. Results go on from `results/registration.json`, a method's rows
-replaced when measured again; `--quick`: a phantom of 6 mm and the `fast` preset, kept apart. The last line is one JSON
+replaced when measured again; `--quick`: a phantom of 6 mm and ten steps of descent, kept apart. The last line is one JSON
 object; a ratio is the peer's mean TRE by ours.
 """
 
@@ -173,11 +173,10 @@ def by_peer(method: str, case: Case, python: str, folder: Path) -> tuple[Registr
     np.savez(folder / "in.npz", allow_pickle=False, spacing_mm=np.array(pair.spacing_mm), **held)
     command = [python, str(HERE / "registration_peers.py"), method, str(folder / "in.npz"), str(folder / "out.npz")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     if done.returncode:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
     with np.load(folder / "out.npz") as held:
-        v_mm, seconds = held["v_mm"], float(held["seconds"])
+        v_mm, seconds, peak_mb = held["v_mm"], float(held["seconds"]), float(held["peak_mb"])
     grid = case.fixed.geometry()
     return Registration(affine=affine, v_mm=v_mm, grid=grid, trust=UNJUDGED), seconds + affine_s, peak_mb
 

@@ -4,10 +4,11 @@
 
 IN: fixed, moving float32 [z, y, x] in HU clipped to -1000 .. 100, moving already brought onto the fixed grid by the
 affine that all methods start from; fixed_lung, moving_lung; spacing_mm of their cubes. OUT: v_mm [3, z, y, x],
-components (x, y, z), and seconds without imports and files. Needs numpy and what METHOD uses, nothing of lungssl.
+components (x, y, z), seconds without imports and files, and the process's peak memory. Needs numpy and what METHOD uses, nothing of lungssl.
 """
 
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -192,4 +193,5 @@ if __name__ == "__main__":
     prepared = METHODS[method](arrays, float(arrays["spacing_mm"]))
     started = time.perf_counter()
     v_mm = prepared()
-    np.savez(target, v_mm=np.asarray(v_mm, np.float32), seconds=time.perf_counter() - started)
+    seconds, peak_mb = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    np.savez(target, v_mm=np.asarray(v_mm, np.float32), seconds=seconds, peak_mb=peak_mb)

@@ -44,6 +44,8 @@ def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
     [
         ("p.txt", "1 2 3\n1 2 x\n", r"p\.txt, line 2: expected numbers"),
         ("p.txt", "1 2\n", r"three numbers a line, got \[1\.0, 2\.0\]"),
+        ("p.txt", "7 1 2 3\n", r"three numbers a line, got \[7\.0, 1\.0, 2\.0, 3\.0\]"),
+        ("p.csv", "7,1,2,3\n", r"three numbers a line, got \[7\.0, 1\.0, 2\.0, 3\.0\]"),
         ("p.txt", "", "three numbers a line, got none"),
         ("p.txt", "1 2 nan\n", "line 1: expected numbers"),
         ("p.pts", "1 2 3\n", "begins with `point` or `index`"),

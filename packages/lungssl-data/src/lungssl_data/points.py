@@ -42,9 +42,10 @@ def read_points(path: Path, grid: Geometry | None = None) -> Float64[ndarray, "n
     elif path.suffix.lower() == ".csv" and lines and not _numbers(lines[0], path.name, 1, quiet=True):
         columns, first = _columns(lines[0], path.name), 1
     rows = [_numbers(line, path.name, number) for number, line in enumerate(lines[first:], start=first + 1) if line]
-    short = next((row for row in rows if len(row) <= max(columns)), None)
-    if not rows or short is not None:
-        raise ValueError(f"{path.name}: expected three numbers a line, got {short or 'none'}")
+    named = path.suffix.lower() == ".csv" and first == 1  # else which three of more numbers would be a guess
+    wrong = next((row for row in rows if (len(row) <= max(columns) if named else len(row) != 3)), None)
+    if not rows or wrong is not None:
+        raise ValueError(f"{path.name}: expected three numbers a line, got {wrong or 'none'}")
     points = np.array([[row[column] for column in columns] for row in rows])
     if path.suffix.lower() == ".pts" and len(points) != int(lines[1]):
         raise ValueError(f"{path.name}: says {lines[1]} points and has {len(points)}; copy it again")

@@ -38,13 +38,16 @@ def register(
 
     Example: lungssl register --fixed exhale.nii.gz --moving inhale.nii.gz -o field.nrrd --warped warped.nii.gz
     """
+    from lungssl_data import field as fields
+    from lungssl_data import readers
+
     from lungssl.errors import ConfigError
 
     endings = {
-        "-o": (output, (".nrrd", ".mha", ".nii.gz", ".nii", ".h5")),
-        "--inverse": (inverse, (".nrrd", ".mha", ".nii.gz", ".nii", ".h5")),
-        "--warped": (warped, (".nii.gz", ".nii", ".mha", ".nrrd")),
-        "--jacobian": (jacobian, (".nii.gz", ".nii", ".mha", ".nrrd")),
+        "-o": (output, fields.WRITABLE),
+        "--inverse": (inverse, fields.WRITABLE),
+        "--warped": (warped, readers.WRITABLE),
+        "--jacobian": (jacobian, readers.WRITABLE),
         "--summary": (summary, (".json",)),
         "--picture": (picture, (".png",)),
     }
@@ -63,9 +66,6 @@ def register(
     if field_mm is not None and field_mm <= 0:
         raise ConfigError(f"--field-mm {field_mm}: expected a size above 0")
 
-    from lungssl_data.field import write_field
-    from lungssl_data.readers import write_floats, write_volume
-
     from lungssl import registering
 
     found = registering.register_files(
@@ -78,13 +78,15 @@ def register(
         device=device,
         say=print,
     )
-    write_field(output, *found.field(field_mm))
+    written = found.field(field_mm)
+    fields.write_field(output, *written)
     if inverse is not None:
-        write_field(inverse, *found.inverse(field_mm))
+        fields.write_field(inverse, *found.inverse(field_mm))
     if warped is not None:
-        write_volume(warped, registering.warp_volume(found.moving, *found.field()))
+        whole = written if field_mm is None else found.field()
+        readers.write_volume(warped, registering.warp_volume(found.moving, *whole))
     if jacobian is not None:
-        write_floats(jacobian, *found.jacobian())
+        readers.write_floats(jacobian, *found.jacobian())
     if summary is not None:
         registering.write_summary(found, summary)
     if picture is not None:

@@ -15,7 +15,7 @@ from lungssl_tasks.registration.common_grid import CommonGrid
 from lungssl_tasks.registration.descent import EPS
 
 WINDOW = 7
-"""LNCC's, in voxels: the descent's."""
+"""LNCC's, in voxels: LEAST_SIMILARITY was measured with it."""
 LEAST_OVERLAP = 0.9
 """Registered phantoms and the open pairs have 0.97 to 0.995; a scan that lacks a lung 0.68, a third of it 0.79."""
 MOST_UNSEEN = 0.02
