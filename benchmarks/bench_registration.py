@@ -7,7 +7,7 @@ Pairs: four semi-synthetic ones and a real one with landmarks from `../shared/da
 SD of ln J as `lungssl_tasks.registration.scores` defines them, seconds of registering (imports and files left out, the
 affine's in) and peak memory of the process. `--peer-python`: an interpreter with antspyx, itk-elastix, convexAdam and
 SimpleITK; peers that it lacks are named and left out. Results go on from `results/registration.json`, a method's rows
-replaced when measured again; `--quick`: a phantom of 6 mm and ten steps of descent, kept apart. The last line is one JSON
+replaced when measured again; `--quick`: a phantom of 6 mm and ten steps of descent, apart. The last line is one JSON
 object; a ratio is the peer's mean TRE by ours.
 """
 

@@ -4,7 +4,8 @@
 
 IN: fixed, moving float32 [z, y, x] in HU clipped to -1000 .. 100, moving already brought onto the fixed grid by the
 affine that all methods start from; fixed_lung, moving_lung; spacing_mm of their cubes. OUT: v_mm [3, z, y, x],
-components (x, y, z), seconds without imports and files, and the process's peak memory. Needs numpy and what METHOD uses, nothing of lungssl.
+components (x, y, z), seconds without imports and files, and the process's peak memory in MB.
+Needs numpy and what METHOD uses, nothing of lungssl.
 """
 
 import os
