@@ -1,5 +1,6 @@
 """`lungssl register` and `lungssl warp` on a phantom's files, at voxels too coarse for anything but a test."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -12,7 +13,9 @@ from lungssl import registering
 from lungssl.cli import main
 from lungssl_backbones import create_backbone
 from lungssl_backbones.weights import save_encoder
+from lungssl_data.cache import write_pair
 from lungssl_data.field import read_field, write_field
+from lungssl_data.pair import Displacement, Landmarks, PhasePair, PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom
 from lungssl_data.points import read_points, write_points
 from lungssl_data.readers import read_labels, read_volume, write_labels, write_volume
@@ -139,6 +142,96 @@ def test_an_encoders_features_take_part_in_the_search(scans: Path, tmp_path: Pat
     assert 0.01 < apart.mean() < 16  # random features lead elsewhere, but not astray
 
 
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort")
+    for seed, split in ((1, "train"), (2, "val"), (3, "test")):
+        phantom = make_phantom(PhantomConfig(preset="deep", seed=seed, spacing_mm=8.0, texture_rho=1.0))
+        grid = phantom.exhale.ct.geometry
+        exhale, inhale = (
+            PhaseScan(
+                ct_hu=phase.ct.hu,
+                valid=np.ones(phase.ct.hu.shape, np.uint8),
+                lung=phase.lung,
+                spacing_mm=phase.ct.geometry.spacing_mm,
+                origin_mm=phase.ct.geometry.origin_mm,
+            )
+            for phase in (phantom.exhale, phantom.inhale)
+        )
+        points = np.argwhere(phantom.exhale.lung > 0)[::200]
+        exhale_mm = points[:, ::-1] * grid.spacing_mm + grid.origin_mm
+        landmarks = Landmarks(exhale_mm=exhale_mm, inhale_mm=exhale_mm + phantom.exhale_to_inhale_mm[:, *points.T].T)
+        write_pair(
+            PhasePair(
+                patient=f"p{seed}",
+                exhale=exhale,
+                inhale=inhale,
+                split=split,
+                exhale_to_inhale=np.eye(3, 4),
+                affine_provenance="none",
+                displacement=Displacement(
+                    u_mm=phantom.exhale_to_inhale_mm.astype(np.float32),
+                    spacing_mm=grid.spacing_mm,
+                    origin_mm=grid.origin_mm,
+                    provenance="phantom",
+                ),
+                landmarks={"expert": landmarks},
+            ),
+            folder,
+        )
+    return folder
+
+
+def test_a_network_is_trained_judged_and_used(
+    scans: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train.steps=6", "train.eval_every=3", "task.model.width=8", "task.model.groups=2", "train.lr=3e-3"]
+    small = ["backbone.widths=[8,16,16]", "backbone.depths=[1,1,1]"]
+    command_line = ["finetune", "register", "--data", str(cohort), *train, *small]
+    assert main([*command_line, "--dry-run"]) == 0
+    assert "1 pairs; resenc_tiny from random weights" in capsys.readouterr().out
+    assert main([*command_line, "--out", str(tmp_path / "net")]) == 0
+    summary = json.loads((tmp_path / "net" / "summary.json").read_text())
+    assert summary["patients"] == ["p1"] and 0 < summary["val"]["error_mm"] < 50
+
+    evaluate = ["evaluate", "--data", str(cohort)]
+    assert (
+        main([*evaluate, "--model", str(tmp_path / "net"), "--register", "coarse", "--out", str(tmp_path / "a")]) == 0
+    )
+    assert main([*evaluate, "--register", "default", "--out", str(tmp_path / "b")]) == 0
+    rows = list(csv.DictReader((tmp_path / "b" / "scores.csv").read_text().splitlines()))
+    assert [(row["patient"], row["truth"]) for row in rows] == [("p3", "expert"), ("p3", "phantom")]
+    for name in ("a", "b"):
+        held = json.loads((tmp_path / name / "summary.json").read_text())
+        assert held["expert"]["identity_mm"] == pytest.approx(held["phantom"]["identity_mm"], rel=0.2)
+        assert held["expert"]["patients"] == 1 and held["expert"]["sd_mm"] is None
+    assert held["phantom"]["mean_mm"] < held["phantom"]["affine_mm"] < held["phantom"]["identity_mm"]
+
+    model = ("--model", tmp_path / "net")
+    assert main(command(scans, tmp_path / "u.mha", *model)) == 0
+    without = command(scans, tmp_path / "v.mha")
+    assert "network after" in capsys.readouterr().out and main(without) == 0
+    assert (read_field(tmp_path / "u.mha")[0] != read_field(tmp_path / "v.mha")[0]).any()
+
+
+def test_landmarks_are_judged_by_and_a_page_is_written(scans: Path, tmp_path: Path) -> None:
+    lung = read_labels(scans / "exhale_lung.nii.gz")
+    points = lung_points_mm(lung)
+    write_points(tmp_path / "here.csv", points)
+    write_points(tmp_path / "there.csv", points + np.array([3.0, 4.0, 0.0]))
+    marks = ("--fixed-landmarks", tmp_path / "here.csv", "--moving-landmarks", tmp_path / "there.csv")
+    page, figures = tmp_path / "r.html", tmp_path / "s.json"
+    assert main(command(scans, tmp_path / "u.mha", *marks, "--report", page, "--summary", figures)) == 0
+    errors = json.loads(figures.read_text())["landmarks"]
+    assert errors["points"] == len(points) and errors["identity_mm"] == pytest.approx(5.0)
+    moved = registering.warp_points(points, *read_field(tmp_path / "u.mha"))
+    expected = np.linalg.norm(moved - points - [3.0, 4.0, 0.0], axis=1)
+    assert errors["mean_mm"] == pytest.approx(expected.mean(), abs=0.05)
+    text = page.read_text()
+    assert f"{errors['mean_mm']:.2f} (" in text and "Nothing speaks against it" in text
+    assert text.count("data:image/png") == 1 and "<script" not in text and "http" not in text
+
+
 def test_masks_without_sides_are_of_both_lungs(scans: Path, tmp_path: Path) -> None:
     mask = read_labels(scans / "exhale_lung.nii.gz")
     write_labels(tmp_path / "one.nii.gz", LabelMap(labels=(mask.labels > 0).astype(np.uint8), geometry=mask.geometry))
@@ -167,6 +260,9 @@ def test_what_cannot_be_registered_is_said(scans: Path, tmp_path: Path, capsys: 
         ({2: str(tmp_path / "none.mha"), 11: "--overwrite"}, 3, "no such file"),
         ({11: "--preset=defualt", 12: "--overwrite"}, 2, "did you mean 'default'"),
         ({11: f"--inverse={output}", 12: "--overwrite"}, 2, "two outputs have the same name"),
+        ({11: "--fixed-landmarks=a.csv", 12: "--overwrite"}, 2, "belong together"),
+        ({11: "--encoder=a", 12: "--model=b", 13: "--overwrite"}, 2, "exclude each other"),
+        ({11: "--model=nowhere", 12: "--overwrite"}, 2, "is not a model folder"),
     ):
         arguments = command(scans, output, *(word for at, word in change.items() if at > 10))
         for at, word in change.items():

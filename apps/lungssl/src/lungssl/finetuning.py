@@ -116,15 +116,9 @@ def build_finetuning(
     spacing_mm = cache_spacing_mm(cache)
     where = pick_device(device)
     task = recipe.task.config
-    torch.manual_seed(recipe.seed)
-    if encoder is None:
-        recipe = at_spacing(recipe, spacing_mm)
-        backbone = create_backbone(recipe.backbone.name, **dataclasses.asdict(recipe.backbone.config))
-    else:
-        backbone = load_encoder(encoder)
-        assert isinstance(backbone, Encoder)
-        check_spacing(f"--encoder {encoder}", backbone.spacing_mm, cache)
-        recipe = dataclasses.replace(recipe, backbone=Part(name=backbone.name, config=backbone.config))
+    if recipe.task.name != "segment":
+        raise ConfigError(f"task.name {recipe.task.name!r}: this command is for segment; give its name as TASK")
+    recipe, backbone = encoder_of(recipe, encoder, cache)
     check_sizes(recipe, backbone)
     patients = usable_patients(cache, recipe.data, "train")
     if labels.patients is not None:
@@ -143,6 +137,24 @@ def build_finetuning(
         spacing_mm=spacing_mm,
         device=where,
     )
+
+
+def encoder_of(recipe: Recipe, weights: Path | None, cache: PairCache) -> tuple[Recipe, Encoder]:
+    """The encoder of a file, or the recipe's backbone with random weights for the cache's voxels; and the new recipe.
+
+    Seeds torch's generator with the recipe's seed. Raises ConfigError where the file's is for other voxels.
+    """
+    torch.manual_seed(recipe.seed)
+    if weights is None:
+        recipe = at_spacing(recipe, cache_spacing_mm(cache))
+        backbone = create_backbone(recipe.backbone.name, **dataclasses.asdict(recipe.backbone.config))
+    else:
+        backbone = load_encoder(weights)
+        assert isinstance(backbone, Encoder)
+        check_spacing(f"--encoder {weights}", backbone.spacing_mm, cache)
+        recipe = dataclasses.replace(recipe, backbone=Part(name=backbone.name, config=backbone.config))
+    assert isinstance(backbone, Encoder)
+    return recipe, backbone
 
 
 def finetune_segment(

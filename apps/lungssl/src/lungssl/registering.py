@@ -16,22 +16,28 @@ from lungssl_backbones.weights import load_encoder
 from lungssl_data.field import field_image
 from lungssl_data.lung_mask import LungMaskError
 from lungssl_data.pair import AIR_HU, PhaseScan
+from lungssl_data.points import read_points
 from lungssl_data.prepare import PrepareConfig, prepare_scan
 from lungssl_data.readers import read_labels, read_volume
 from lungssl_data.resample import resample_labels
 from lungssl_data.volume import Geometry, LabelMap, Volume
 from lungssl_ops.warp import jacobian_determinant
-from lungssl_tasks.registration import PRESETS, Registration, register
+from lungssl_tasks.model_folder import load_registration
+from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register
+from lungssl_tasks.registration.network import RegistrationModel, predict
+from lungssl_tasks.registration.register import Start
+from lungssl_tasks.registration.scores import LandmarkErrors, landmark_errors
 from numpy import ndarray
 from torch import nn
 
 from lungssl.comparison.landmarks import point_features
 from lungssl.errors import ConfigError, DataError, did_you_mean
 from lungssl.finetuning import encoder_file
+from lungssl.segmenting import model_folder
 from lungssl.training.precision import pick_device
 
 ENCODER_SHARE = 0.5
-"""Of the search's cost, what an encoder's features have beside MIND-SSC. Not tuned."""
+"""Of the search's cost, what an encoder's features have beside MIND-SSC, unless it is said. Not tuned."""
 WINDOW_MM = 192.0
 """Side of the windows that an encoder sees, as plan `phases` trains and judges them."""
 
@@ -48,6 +54,8 @@ class Registered:
     preset: str
     seconds: float
     """Of registering, reading files not counted."""
+    landmarks: LandmarkErrors | None = None
+    """Of points that were given of both scans."""
 
     def field(self, spacing_mm: float | None = None) -> tuple[Float32[ndarray, "3 z y x"], Geometry]:
         """u on the fixed image's grid, or on one of about `spacing_mm` with the same first voxel and directions."""
@@ -74,6 +82,7 @@ class Registered:
             "seconds": round(self.seconds, 2),
             "affine": self.registration.affine.tolist(),
             "trusted": not self.registration.trust.doubts,
+            "landmarks": None if self.landmarks is None else dataclasses.asdict(self.landmarks),
             **{name: round(value, 5) if isinstance(value, float) else value for name, value in trust.items()},
         }
 
@@ -87,6 +96,11 @@ class Registered:
             f"moving lung {trust.volume_ratio:.2f} times the fixed one; SD of ln J {trust.jacobian_sd:.2f}, "
             f"folds {trust.folded_share:.3%}",
         ]
+        if (errors := self.landmarks) is not None:
+            lines.append(
+                f"TRE of {errors.points} landmarks {errors.mean_mm:.2f} mm (median {errors.median_mm:.2f}, "
+                f"95th centile {errors.p95_mm:.2f}, worst {errors.max_mm:.2f}); {errors.identity_mm:.1f} mm before"
+            )
         doubts = [f"NOT TRUSTED: {doubt}" for doubt in trust.doubts]
         return "\n".join([*lines, *(doubts or ["nothing speaks against it"])])
 
@@ -99,12 +113,18 @@ def register_files(
     moving_mask: Path | None = None,
     preset: str = "default",
     encoder: Path | None = None,
+    encoder_share: float = ENCODER_SHARE,
+    model: Path | None = None,
+    landmarks: tuple[Path, Path] | None = None,
     device: str = "auto",
     say: Callable[[str], None],
 ) -> Registered:
     """Register the scan in `moving` to that in `fixed`; masks of the lungs are made where none is given.
 
-    `encoder`: a pretraining run or weights, whose features stand beside MIND-SSC in the search, each for half the cost.
+    `encoder`: a pretraining run or weights, whose features stand beside MIND-SSC in the search, for `encoder_share` of
+    the cost; with 1 they stand alone.
+    `model`: a fine-tuned registration network, whose answer takes the place of the search. `landmarks`: files of points
+    of `fixed` and, row by row, where they are in `moving`; they are only looked at when all is done.
 
     Raises ConfigError for an unknown preset, DataError for scans whose lungs can't be found or matched, and what the
     readers raise.
@@ -112,8 +132,14 @@ def register_files(
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}")
     config = PRESETS[preset]
+    if encoder is not None and model is not None:
+        raise ConfigError("--encoder and --model exclude each other: a network has an encoder of its own")
+    network = None if model is None else load_registration(model_folder(model)).to(pick_device(device))
     backbone = None if encoder is None else load_encoder(encoder_file(encoder))
+    if network is not None:
+        backbone = network.encoder
     volumes = {"fixed": read_volume(fixed), "moving": read_volume(moving)}
+    points = None if landmarks is None else read_landmarks(landmarks, volumes)
     masks = {
         role: None if path is None else read_labels(path)
         for role, path in (("fixed", fixed_mask), ("moving", moving_mask))
@@ -137,19 +163,23 @@ def register_files(
             raise DataError(f"--{role}: {error}; give --{role}-mask") from error
         if backbone is not None:
             assert isinstance(backbone, Encoder)
-            seen[role] = prepare_scan(volume, config=PrepareConfig(spacing_mm=backbone.spacing_mm), lung=mask)
+            shown = prepare_scan(volume, config=PrepareConfig(spacing_mm=backbone.spacing_mm), lung=mask)
+            seen[role] = dataclasses.replace(shown, lung=(shown.lung > 0).astype(np.uint8))
         scans[role] = dataclasses.replace(scan, lung=(scan.lung > 0).astype(np.uint8)) if one_code else scan
         say(f"{role}: lungs {float((scan.lung > 0).sum()) * config.spacing_mm**3 / 1e6:.2f} l")
-    features = None
-    if backbone is not None:
+    features, start = None, None
+    if network is not None:
+        start = network_start(network, seen)
+    elif backbone is not None:
         features = encoder_features(backbone, seen)
-        config = dataclasses.replace(config, search=dataclasses.replace(config.search, given_share=ENCODER_SHARE))
+        config = searched_by(config, encoder_share)
     try:
         found = register(
             scans["fixed"],
             scans["moving"],
             config,
             features=features,
+            start=start,
             device=pick_device(device),
             say=lambda stage: say(f"{stage} after {time.perf_counter() - started:.1f} s"),
         )
@@ -162,7 +192,34 @@ def register_files(
         scans=scans,
         preset=preset,
         seconds=time.perf_counter() - started,
+        landmarks=None if points is None else landmark_errors(points[0] + found.at(points[0]), points[1], points[0]),
     )
+
+
+def read_landmarks(
+    paths: tuple[Path, Path], volumes: Mapping[str, Volume]
+) -> tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]:
+    """Points of the fixed and of the moving scan, LPS mm; DataError where they aren't as many."""
+    here, there = (
+        read_points(path, volumes[role].geometry) for path, role in zip(paths, ("fixed", "moving"), strict=True)
+    )
+    if len(here) != len(there):
+        raise DataError(
+            f"{paths[0].name} has {len(here)} points and {paths[1].name} {len(there)}; row by row they must be the same"
+        )
+    return here, there
+
+
+def searched_by(config: RegistrationConfig, share: float) -> RegistrationConfig:
+    """The preset with an encoder's features in its search; ConfigError for a share beyond 0 to 1."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--encoder-share {share}: expected 0 (MIND-SSC alone) to 1 (the encoder's features alone)")
+    return dataclasses.replace(config, search=dataclasses.replace(config.search, given_share=share))
+
+
+def network_start(network: RegistrationModel, scans: Mapping[str, PhaseScan]) -> Start:
+    """What `register` begins with: the network's answer on scans of its voxels."""
+    return lambda affine: predict(network, scans["fixed"], scans["moving"], affine)
 
 
 def encoder_features(

@@ -1,7 +1,7 @@
 """A fine-tuned model as a folder that needs nothing else.
 
-    model.json          what the model is: format, backbone and decoder with their configs, labels, spacing, roi,
-                        HU window, versions, extra (provenance, free form)
+    model.json          what the model is: format, backbone and what comes after it with their configs, spacing,
+                        HU window, versions, extra (provenance, free form); to segment: labels, roi
     model.safetensors   all weights
 
 Written whole or not at all: into a folder beside it, flushed to disk, then renamed. No pickle is written or read.
@@ -10,21 +10,25 @@ Written whole or not at all: into a folder beside it, flushed to disk, then rena
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lungssl_backbones import create_backbone
 from lungssl_backbones.encoder import Encoder
 from lungssl_data.batch import HU_WINDOW
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from lungssl_tasks.registration.network import RegistrationModel
 from lungssl_tasks.segmentation import SegmentationModel
 
 FORMAT = "lungssl-segmentation-1"
+REGISTRATION_FORMAT = "lungssl-registration-1"
+Model = TypeVar("Model", bound=nn.Module)
 _CARD, _WEIGHTS = "model.json", "model.safetensors"
 
 
@@ -65,8 +69,6 @@ def save_model(
     """
     if sorted(labels) != list(range(1, model.classes + 1)):
         raise ValueError(f"labels are {sorted(labels)}, the model's classes are 1 to {model.classes}; name each once")
-    if folder.exists() and not (folder / _CARD).is_file():
-        raise ModelFolderError(f"{folder} exists and is not a model folder; choose another name or remove it")
     card = {
         "format": FORMAT,
         "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
@@ -74,6 +76,28 @@ def save_model(
         "labels": {str(code): name for code, name in labels.items()},
         "spacing_mm_xyz": list(spacing_mm),
         "roi_vox_zyx": list(roi_vox),
+    }
+    _write(folder, card, model, extra)
+
+
+def save_registration(folder: Path, model: RegistrationModel, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write a model folder of a registration network; an older model at `folder` is replaced.
+
+    Raises ModelFolderError where `folder` exists and holds something else than a model.
+    """
+    card = {
+        "format": REGISTRATION_FORMAT,
+        "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
+        "network": asdict(model.config),
+        "spacing_mm_xyz": [model.encoder.spacing_mm] * 3,
+    }
+    _write(folder, card, model, extra)
+
+
+def _write(folder: Path, card: dict[str, Any], model: nn.Module, extra: Mapping[str, Any] | None) -> None:
+    if folder.exists() and not (folder / _CARD).is_file():
+        raise ModelFolderError(f"{folder} exists and is not a model folder; choose another name or remove it")
+    card |= {
         "hu_window": list(HU_WINDOW),
         "versions": {name: version(name) for name in ("lungssl-tasks", "lungssl-backbones", "torch")},
         "extra": dict(extra or {}),
@@ -100,6 +124,45 @@ def load_model(folder: Path) -> tuple[SegmentationModel, ModelCard]:
 
     Raises ModelFolderError where the folder isn't a model, is of another format, or its weights don't fit.
     """
+
+    def build(encoder: Encoder, card: dict[str, Any]) -> SegmentationModel:
+        return SegmentationModel.Config(**card["decoder"]).build(encoder, len(card["labels"]))
+
+    model, card = _read(folder, FORMAT, build)
+    return model, ModelCard(
+        backbone=card["backbone"]["name"],
+        labels={int(code): name for code, name in card["labels"].items()},
+        spacing_mm=tuple(card["spacing_mm_xyz"]),
+        roi_vox=tuple(card["roi_vox_zyx"]),
+        versions=card["versions"],
+        extra=card["extra"],
+    )
+
+
+def load_registration(folder: Path) -> RegistrationModel:
+    """A registration network in eval mode on the CPU, for voxels of `model.encoder.spacing_mm`.
+
+    Raises ModelFolderError as `load_model` does.
+    """
+
+    def build(encoder: Encoder, card: dict[str, Any]) -> RegistrationModel:
+        return RegistrationModel.Config(**card["network"]).build(encoder)
+
+    return _read(folder, REGISTRATION_FORMAT, build)[0]
+
+
+def model_format(folder: Path) -> str | None:
+    """What `format` a folder's card names; None where there is no card, or none that says so."""
+    try:
+        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return card.get("format") if isinstance(card, dict) else None
+
+
+def _read(
+    folder: Path, expected: str, build: Callable[[Encoder, dict[str, Any]], Model]
+) -> tuple[Model, dict[str, Any]]:
     for name in (_CARD, _WEIGHTS):
         if not (folder / name).is_file():
             raise ModelFolderError(
@@ -110,8 +173,10 @@ def load_model(folder: Path) -> tuple[SegmentationModel, ModelCard]:
     except ValueError as error:
         raise ModelFolderError(f"{folder / _CARD} is not JSON ({error}); copy the folder again") from error
     found = card.get("format") if isinstance(card, dict) else None
-    if found != FORMAT:
-        raise ModelFolderError(f"{folder / _CARD}: format {found!r}, this version reads {FORMAT!r}; update lungssl")
+    if found != expected:
+        other = found in (FORMAT, REGISTRATION_FORMAT)
+        step = "give a model that was fine-tuned for this" if other else "update lungssl"
+        raise ModelFolderError(f"{folder / _CARD}: format {found!r}, expected {expected!r}; {step}")
     if tuple(card["hu_window"]) != HU_WINDOW:
         raise ModelFolderError(
             f"{folder}: trained on the HU window {card['hu_window']}, this version scales to {list(HU_WINDOW)}; "
@@ -120,8 +185,7 @@ def load_model(folder: Path) -> tuple[SegmentationModel, ModelCard]:
     try:
         encoder = create_backbone(card["backbone"]["name"], **_tuples(card["backbone"]["config"]))
         assert isinstance(encoder, Encoder)
-        labels = {int(code): name for code, name in card["labels"].items()}
-        model = SegmentationModel.Config(**card["decoder"]).build(encoder, len(labels))
+        model = build(encoder, card)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFolderError(
             f"{folder / _CARD} describes a model that this version cannot build: {error!r}; "
@@ -133,14 +197,8 @@ def load_model(folder: Path) -> tuple[SegmentationModel, ModelCard]:
         raise ModelFolderError(
             f"{folder / _WEIGHTS} does not fit model.json: {error}; copy the folder again"
         ) from error
-    return model.eval(), ModelCard(
-        backbone=card["backbone"]["name"],
-        labels=labels,
-        spacing_mm=tuple(card["spacing_mm_xyz"]),
-        roi_vox=tuple(card["roi_vox_zyx"]),
-        versions=card["versions"],
-        extra=card["extra"],
-    )
+    model.eval()
+    return model, card
 
 
 def _tuples(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,37 +7,73 @@ import typer
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="A fine-tuning run or its export/model.")],
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, summary.json and table.txt.")],
-    data: Annotated[Path | None, typer.Option(help="Pair cache with lobes; without it the phantoms.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A fine-tuning run (segment or register) or its export/model.")
+    ] = None,
+    register: Annotated[
+        str | None, typer.Option(help="Score registration with this preset: coarse, fast, default, accurate.")
+    ] = None,
+    encoder: Annotated[Path | None, typer.Option(help="With --register: search by its features, too.")] = None,
+    encoder_share: Annotated[
+        float, typer.Option(help="Of the search's cost, what --encoder has: 0.5 beside MIND-SSC, 1 alone.")
+    ] = 0.5,
+    data: Annotated[Path | None, typer.Option(help="Pair cache; without it the phantoms.")] = None,
     split: Annotated[Literal["train", "val", "test", "all"], typer.Option(help="Whose patients.")] = "test",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a used folder.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Score a fine-tuned model on whole scans, per patient: Dice, NSD, HD95, volumes.
+    """Score a model on whole scans, per patient: Dice, NSD, HD95, volumes; or a registration: TRE, folds, SD of ln J.
 
-    Surface figures follow DeepMind's definition (area-weighted surface elements).
+    Surface figures follow DeepMind's definition (area-weighted surface elements). Registration is judged by landmarks
+    and by displacements that the cache knows (phantoms), at the cache's voxels.
 
     Example: lungssl evaluate --model runs/lobes --data cohort-cache --out runs/lobes-scores
+    Example: lungssl evaluate --register coarse --encoder runs/a --data cohort-cache --out runs/a-tre
     """
-    from lungssl.errors import ConfigError
+    from lungssl.errors import ConfigError, did_you_mean
 
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"--out {out} is not empty; name another folder or give --overwrite")
+    if model is None and register is None:
+        raise ConfigError("nothing to score: give --model, or --register PRESET")
 
     from lungssl_data.cache import PairCache
-    from lungssl_tasks.model_folder import load_model
+    from lungssl_tasks.model_folder import REGISTRATION_FORMAT, load_model, model_format
+    from lungssl_tasks.registration import PRESETS
 
-    from lungssl import evaluation
+    from lungssl import evaluation, registration_scoring
     from lungssl.pretraining import check_spacing
     from lungssl.segmenting import model_folder
     from lungssl.training.precision import pick_device
 
+    network = model is not None and model_format(model_folder(model)) == REGISTRATION_FORMAT
+    if register is not None and register not in PRESETS:
+        raise ConfigError(f"--register {register!r} is unknown{did_you_mean(register, PRESETS)}")
+    if register is not None and model is not None and not network:
+        raise ConfigError(f"--register with --model {model}: it is no registration network; leave one of them out")
+    if encoder is not None and (register is None or model is not None):
+        raise ConfigError("--encoder belongs to --register PRESET without --model")
     if data is None:
         from lungssl.cohort import builtin_cohort
 
         data = builtin_cohort()
-    cache = PairCache(data)
+    cache, where = PairCache(data), pick_device(device)
+    if register is not None or network:
+        pairs = registration_scoring.score_registrations(
+            cache,
+            split,
+            preset=register or "default",
+            encoder=encoder,
+            encoder_share=encoder_share,
+            model=model,
+            device=where,
+            say=print,
+        )
+        registration_scoring.write_scores(out, pairs)
+        print(registration_scoring.table(pairs))
+        return
+    assert model is not None
     loaded, card = load_model(model_folder(model))
     for spacing_mm in card.spacing_mm:
         check_spacing(f"--model {model}", spacing_mm, cache)
@@ -47,7 +83,7 @@ def evaluate(
         evaluation.evaluation_patients(cache, split),
         names=card.labels,
         roi_vox=card.roi_vox,
-        device=str(pick_device(device)),
+        device=str(where),
     )
     evaluation.write_scores(out, scores)
     print(evaluation.table(scores))

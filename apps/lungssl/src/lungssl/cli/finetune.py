@@ -7,7 +7,7 @@ import typer
 
 
 def finetune(
-    task: Annotated[Literal["segment"], typer.Argument(help="What for.")],
+    task: Annotated[Literal["segment", "register"], typer.Argument(help="What for.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=500 task.freeze_encoder=true")
     ] = None,
@@ -17,7 +17,9 @@ def finetune(
     data: Annotated[Path | None, typer.Option(help="Pair cache with labels; without it the phantoms.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Needed unless --dry-run.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe name or .yaml file; finetune/TASK by default.")] = None,
-    labels: Annotated[int | None, typer.Option(min=1, help="Labelled patients to learn from; all by default.")] = None,
+    labels: Annotated[
+        int | None, typer.Option(min=1, help="Patients to learn from (to segment: labelled); all without it.")
+    ] = None,
     draw: Annotated[int, typer.Option(min=0, help="Which draw of so many patients.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
@@ -26,9 +28,9 @@ def finetune(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Fine-tune an encoder for lobe segmentation on a few labelled patients.
+    """Fine-tune an encoder: for lobes on a few labelled patients, or for registration on pairs without labels.
 
-    The model goes to RUN/export/model; use it with `lungssl segment --model RUN`.
+    The model goes to RUN/export/model; use it with `lungssl segment --model RUN` or `lungssl register --model RUN`.
 
     Example: lungssl finetune segment --encoder runs/a --data cohort-cache --out runs/lobes --labels 5
     """
@@ -41,7 +43,7 @@ def finetune(
         raise ConfigError("--resume and --overwrite exclude each other; give one")
     loaded = load_recipe(recipe or f"finetune/{task}", overrides or [])
 
-    from lungssl import finetuning
+    from lungssl import finetuning, finetuning_registration
 
     if data is None:
         from lungssl.cohort import builtin_cohort
@@ -49,9 +51,9 @@ def finetune(
         data = builtin_cohort()
     seen = finetuning.Labels(patients=labels, draw=draw)
     weights = None if encoder == "none" else finetuning.encoder_file(Path(encoder))
+    module = {"segment": finetuning, "register": finetuning_registration}[task]
     if dry_run:
-        print(finetuning.dry_run(loaded, data=data, encoder=weights, labels=seen, device=device))
+        print(module.dry_run(loaded, data=data, encoder=weights, labels=seen, device=device))
     elif out is not None:
-        finetuning.finetune_segment(
-            loaded, data=data, out=out, encoder=weights, labels=seen, device=device, resume=resume, overwrite=overwrite
-        )
+        run = {"segment": finetuning.finetune_segment, "register": finetuning_registration.finetune_register}[task]
+        run(loaded, data=data, out=out, encoder=weights, labels=seen, device=device, resume=resume, overwrite=overwrite)

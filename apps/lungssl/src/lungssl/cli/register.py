@@ -14,10 +14,20 @@ def register(
     ],
     fixed_mask: Annotated[Path | None, typer.Option(help="Lungs of --fixed; without it they are found.")] = None,
     moving_mask: Annotated[Path | None, typer.Option(help="Lungs of --moving.")] = None,
-    preset: Annotated[str, typer.Option(help="fast, default or accurate.")] = "default",
+    preset: Annotated[str, typer.Option(help="coarse, fast, default or accurate.")] = "default",
     encoder: Annotated[
         Path | None, typer.Option(help="A pretraining run or an encoder.safetensors, to search by its features, too.")
     ] = None,
+    encoder_share: Annotated[
+        float, typer.Option(help="Of the search's cost, what --encoder has: 0.5 beside MIND-SSC, 1 alone.")
+    ] = 0.5,
+    model: Annotated[
+        Path | None, typer.Option(help="A run of `finetune register`: its network instead of the search.")
+    ] = None,
+    fixed_landmarks: Annotated[
+        Path | None, typer.Option(help="Points of --fixed (.csv, .txt, .pts, LPS mm) to judge by; with the next one.")
+    ] = None,
+    moving_landmarks: Annotated[Path | None, typer.Option(help="Where they are in --moving, row by row.")] = None,
     field_mm: Annotated[
         float | None, typer.Option(help="Voxels of the field, about; without it those of --fixed.")
     ] = None,
@@ -28,6 +38,7 @@ def register(
     ] = None,
     summary: Annotated[Path | None, typer.Option(help="Also write figures and doubts as .json.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also write a .png to look at.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an .html page: picture, figures, doubts.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
@@ -50,6 +61,7 @@ def register(
         "--jacobian": (jacobian, readers.WRITABLE),
         "--summary": (summary, (".json",)),
         "--picture": (picture, (".png",)),
+        "--report": (report, (".html",)),
     }
     given = [path.absolute() for path, _ in endings.values() if path is not None]
     if len(set(given)) < len(given):
@@ -63,6 +75,8 @@ def register(
             raise ConfigError(f"{name} {path} exists; name another file or give --overwrite")
         if path.is_dir() or not path.parent.is_dir():
             raise ConfigError(f"{name} {path}: name a file in a folder that exists")
+    if (fixed_landmarks is None) != (moving_landmarks is None):
+        raise ConfigError("--fixed-landmarks and --moving-landmarks belong together; give both or neither")
     if field_mm is not None and field_mm <= 0:
         raise ConfigError(f"--field-mm {field_mm}: expected a size above 0")
 
@@ -75,6 +89,9 @@ def register(
         moving_mask=moving_mask,
         preset=preset,
         encoder=encoder,
+        encoder_share=encoder_share,
+        model=model,
+        landmarks=None if fixed_landmarks is None or moving_landmarks is None else (fixed_landmarks, moving_landmarks),
         device=device,
         say=print,
     )
@@ -93,4 +110,8 @@ def register(
         from lungssl.reports.registration_figure import write_picture
 
         write_picture(found, picture)
+    if report is not None:
+        from lungssl.reports.registration_report import write_report
+
+        write_report(found, report)
     print(found.describe())

@@ -13,13 +13,15 @@ from lungssl_data.pair import PhaseScan
 from lungssl_data.volume import Geometry
 
 from lungssl_tasks.registration.alignment import AlignmentConfig, align
-from lungssl_tasks.registration.common_grid import CommonGrid, common_grid, unit_to_mm
+from lungssl_tasks.registration.common_grid import CommonGrid, common_grid, sampling_matrix, unit_to_mm
 from lungssl_tasks.registration.descent import DescentConfig, Level, descend
 from lungssl_tasks.registration.search import SearchConfig, search
 from lungssl_tasks.registration.trust import Trust, judge
 
 PointFeatures = Callable[[Literal["fixed", "moving"], Float[np.ndarray, "n 3"]], Float[torch.Tensor, "n c"]]
 """Features of one of the two scans at points within it, LPS mm."""
+Start = Callable[[Float[np.ndarray, "3 4"]], "Coarse"]
+"""A network's answer, given the affine."""
 ROWS = 1 << 20
 """Points that `Registration.on_grid` takes at a time: some 100 MB of working memory."""
 
@@ -36,6 +38,7 @@ class RegistrationConfig:
 
 
 PRESETS: dict[str, RegistrationConfig] = {
+    "coarse": RegistrationConfig(descent=DescentConfig(levels=())),
     "fast": RegistrationConfig(
         spacing_mm=3.0,
         descent=DescentConfig(levels=(Level(spacing_mm=3.0, iterations=30),)),
@@ -48,7 +51,20 @@ PRESETS: dict[str, RegistrationConfig] = {
         ),
     ),
 }
-"""By what they cost: seconds, half a minute, minutes of two cores for a chest."""
+"""By what they cost: seconds, half a minute, minutes of two cores for a chest. `coarse` is the search, or a network,
+alone: what features are worth by themselves."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Coarse:
+    """A field to begin descent with."""
+
+    v_mm: Float[np.ndarray, "3 z y x"]
+    """Components (x, y, z): what is at a fixed p lies at A(p + v(p))."""
+    grid: Geometry
+    """Axis-aligned, over the fixed scan; beyond it, its border repeats."""
+    disagreement_mm: float
+    """Median over lung of how far there and back miss their start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +136,16 @@ def register(
     *,
     affine: Float[np.ndarray, "3 4"] | None = None,
     features: PointFeatures | None = None,
+    start: Start | None = None,
     device: torch.device | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Registration:
     """Register `moving` to `fixed`, two scans with lung masks and cubes of one size.
 
     `affine`, fixed to moving LPS mm, is looked for unless given. `features` of points, an encoder's, take the place of
-    MIND-SSC in the search, or stand beside it (`SearchConfig.given_share`). `say` hears of each stage. A lung that only
-    one scan shows is left out, and is a doubt. Raises ValueError for voxels that aren't cubes, an empty lung, or scans
-    with no lung of the same side.
+    MIND-SSC in the search, or stand beside it (`SearchConfig.given_share`); `start`, a network's answer, that of the
+    search. `say` hears of each stage. A lung that only one scan shows is left out, and is a doubt. Raises ValueError
+    for voxels that aren't cubes, an empty lung, or scans with no lung of the same side.
     """
     config = config or PRESETS["default"]
     device = device or torch.device("cpu")
@@ -150,15 +167,31 @@ def register(
         say("affine")
     spacing_mm = fixed.spacing_mm[0]
     pair = common_grid(fixed, moving, affine, multiple=config.descent.multiple(spacing_mm), device=device)
-    given = None if features is None else _coarse_features(pair, fixed, moving, affine, features, config.search)
-    v_vox, disagreement_mm = search(pair, config.search, given)
-    say("search")
+    if start is None:
+        given = None if features is None else _coarse_features(pair, fixed, moving, affine, features, config.search)
+        v_vox, disagreement_mm = search(pair, config.search, given)
+        say("search")
+    else:
+        coarse = start(affine)
+        v_vox, disagreement_mm = _onto(pair, coarse, fixed.geometry()), coarse.disagreement_mm
+        say("network")
     v_vox = descend(pair, v_vox, config.descent, say=say)
     v_vox = filled(v_vox, F.max_pool3d(pair.fixed_lung, 3, stride=1, padding=1) > 0)
     trust = judge(pair, v_vox, disagreement_mm, affine=affine, fixed=seen[0], moving=seen[1])
     z, y, x = fixed.ct_hu.shape
     v_mm = (v_vox[0, :, :z, :y, :x] * spacing_mm).cpu().numpy()
     return Registration(affine=affine, v_mm=v_mm, grid=fixed.geometry(), trust=trust)
+
+
+def _onto(pair: CommonGrid, coarse: Coarse, grid: Geometry) -> Float[torch.Tensor, "1 3 z y x"]:
+    """The coarse field on the pair's grid, in its voxels."""
+    z, y, x = pair.fixed_hu.shape[2:]
+    device = pair.fixed_hu.device
+    padded = dataclasses.replace(grid, shape=(z, y, x))
+    theta = sampling_matrix(padded, coarse.grid, np.eye(3, 4), device)[None]
+    where = F.affine_grid(theta, [1, 1, z, y, x], align_corners=True)
+    v_mm = torch.from_numpy(np.asarray(coarse.v_mm, np.float32))[None].to(device)
+    return F.grid_sample(v_mm, where, padding_mode="border", align_corners=True) / pair.spacing_mm
 
 
 def _coarse_features(

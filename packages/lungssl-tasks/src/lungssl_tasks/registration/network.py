@@ -1,0 +1,330 @@
+"""A registration network on any encoder: both scans through it, matched from coarse to fine; and its training.
+
+At each level one scan's features are warped by the field so far and correlated with the other's over neighbouring
+places; where the best match lies, corrected by convolutions, is added. Both ways, from features computed once. Trained
+on the loss of `descent.py`, without truth, and where a displacement is known also on its error, as asked for.
+
+Sources: siamese encoder, warping and local correlation from coarse to fine, Sun et al. 2018 (PWC-Net),
+https://arxiv.org/abs/1709.02371; expected place of a correlation, Heinrich 2019 (PDD-Net),
+https://arxiv.org/abs/1907.10931; unsupervised loss, Balakrishnan et al. 2019 (VoxelMorph),
+https://arxiv.org/abs/1809.05231; levels, Mok & Chung 2020 (LapIRN), https://arxiv.org/abs/2006.16148.
+Differs from them: the encoder sees whole scans as it was pretrained, a small stem sees the lung masks too; the pair has
+been brought together by an affine first. Displacements are (x, y, z) in voxels; axes b batch, c channels, z y x voxels.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lungssl_backbones.encoder import Encoder
+from lungssl_data.batch import StepOutput
+from lungssl_data.pair import PhaseScan
+from lungssl_data.views import scale_hu
+from lungssl_ops.cost_volume import inverse_consistent
+from lungssl_ops.lncc import lncc
+from lungssl_ops.warp import warp, warp_loss_terms
+from torch import Tensor, nn
+
+from lungssl_tasks.registration.common_grid import common_grid
+from lungssl_tasks.registration.descent import EPS, DescentConfig
+from lungssl_tasks.registration.register import Coarse
+from lungssl_tasks.registration.training_pairs import TrainingPair
+
+FINEST = 2
+"""Stride of the finest level, voxels; finer, the field is interpolated, and descent takes over."""
+
+
+class RegistrationModel(nn.Module):
+    """Maps two scans on one grid to displacements v both ways: what is at p in one is at p + v(p) in the other."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Size of what comes after the encoder."""
+
+        width: int = 32
+        """Channels of every level; a multiple of `groups`."""
+        levels: int = 3
+        """Strides FINEST, twice, four times that: at voxels of 4 mm places are looked for 32, 16 and 8 mm around."""
+        reach: int = 1
+        """Voxels of a level looked at around the field so far, along each axis."""
+        groups: int = 4
+        """Groups of every GroupNorm."""
+
+        def build(self, encoder: Encoder) -> "RegistrationModel":
+            """The model, with random weights after the encoder."""
+            return RegistrationModel(self, encoder)
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        """Raises ValueError where `groups` doesn't divide the width or a stride isn't a power of two."""
+        super().__init__()
+        if config.width % config.groups:
+            raise ValueError(f"width {config.width} must be a multiple of groups, {config.groups}")
+        strides = encoder.pyramid_strides_vox
+        if list(strides) != sorted(set(strides)) or any(stride & (stride - 1) or stride < 1 for stride in strides):
+            raise ValueError(f"pyramid strides must be powers of two, fine to coarse, got {tuple(strides)}")
+        self.config, self.encoder = config, encoder
+        width, groups = config.width, config.groups
+        self.level_strides = tuple(FINEST << level for level in reversed(range(config.levels)))
+        coarsest = max(strides[-1], self.level_strides[0])
+        every = [1 << k for k in range(1, coarsest.bit_length())]  # strides 2, 4, ... coarsest
+
+        self.stem = nn.ModuleDict()
+        inputs = 2
+        for stride in (stride for stride in every if stride < max(strides[0], FINEST + 1)):
+            self.stem[str(stride)] = _block(inputs, width, groups, stride=2)
+            inputs = width
+        self.deeper = nn.ModuleDict()
+        inputs = encoder.pyramid_channels[-1]
+        for stride in (stride for stride in every if stride > strides[-1]):
+            self.deeper[str(stride)] = _block(inputs, width, groups, stride=2)
+            inputs = width
+        held = dict(zip(strides, encoder.pyramid_channels, strict=True))
+        self.merge = nn.ModuleDict()
+        above = 0
+        for stride in reversed(every):
+            here = held.get(stride, 0) + (width if str(stride) in self.stem or str(stride) in self.deeper else 0)
+            self.merge[str(stride)] = _block(above + here, width, groups)
+            above = width
+        labels = (2 * config.reach + 1) ** 3
+        self.match = nn.ModuleDict(
+            {str(stride): _Match(width, labels, config.reach, groups) for stride in self.level_strides}
+        )
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of scans must be divided by, in voxels."""
+        return max(self.encoder.token_stride_vox, *(int(stride) for stride in self.merge))
+
+    def forward(
+        self,
+        fixed_hu: Float[Tensor, "b 1 z y x"],
+        fixed_lung: Float[Tensor, "b 1 z y x"],
+        moving_hu: Float[Tensor, "b 1 z y x"],
+        moving_lung: Float[Tensor, "b 1 z y x"],
+    ) -> tuple[Float[Tensor, "b 3 z y x"], Float[Tensor, "b 3 z y x"]]:
+        """v from fixed to moving and back, float32. Sides are multiples of `multiple`; voxels are the encoder's."""
+        features = self.features(torch.cat([fixed_hu, moving_hu]), torch.cat([fixed_lung, moving_lung]))
+        v_vox = None
+        for stride in self.level_strides:
+            here = features[stride].float()
+            there = torch.cat(here.chunk(2)[::-1])
+            v_vox = here.new_zeros(len(here), 3, *here.shape[2:]) if v_vox is None else _doubled(v_vox)
+            v_vox = self.match[str(stride)](here, there, v_vox)
+        assert v_vox is not None
+        forward, back = _doubled(v_vox).chunk(2)
+        return forward, back
+
+    def features(
+        self, hu: Float[Tensor, "b 1 z y x"], lung: Float[Tensor, "b 1 z y x"]
+    ) -> dict[int, Float[Tensor, "b c _z _y _x"]]:
+        """By stride, from the coarsest to FINEST."""
+        image = scale_hu(hu)
+        pyramid = self.encoder(image).pyramid
+        held: dict[int, list[Tensor]] = {
+            stride: [maps] for stride, maps in zip(self.encoder.pyramid_strides_vox, pyramid, strict=True)
+        }
+        for some, x in ((self.stem, torch.cat([image, lung], dim=1)), (self.deeper, pyramid[-1])):
+            for stride, block in some.items():
+                x = block(x)
+                held.setdefault(int(stride), []).append(x)
+        found, above = {}, None
+        for stride, block in self.merge.items():
+            parts = held.get(int(stride), [])
+            if above is not None:
+                parts = [F.interpolate(above, scale_factor=2, mode="trilinear", align_corners=False), *parts]
+            found[int(stride)] = above = block(torch.cat([part.to(parts[0].dtype) for part in parts], dim=1))
+        return found
+
+
+class RegistrationTask(nn.Module):
+    """Trains an encoder and what comes after it on pairs, most of which nobody registered."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What is trained, and on what."""
+
+        model: RegistrationModel.Config = RegistrationModel.Config()
+        """Size of the model."""
+        freeze_encoder: bool = False
+        """Train what comes after the encoder only; the encoder stays in eval mode."""
+        truth: float = 0.0
+        """Weight of the mean error in mm where a pair's displacement is known (phantoms). 0: no pair's is looked at."""
+        window: int = 5
+        """LNCC's, in voxels."""
+        diffusion: float = DescentConfig().diffusion
+        """This and the two below: as in descent."""
+        bending: float = DescentConfig().bending
+        folding: float = DescentConfig().folding
+
+        def build(self, encoder: Encoder) -> "RegistrationTask":
+            """The task with a new model on the encoder."""
+            return RegistrationTask(self, encoder)
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.model = config.model.build(encoder)
+        if config.freeze_encoder:
+            self.model.get_submodule("encoder").requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "RegistrationTask":
+        """As `nn.Module.train`, but a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.model.get_submodule("encoder").eval()
+        return self
+
+    def forward(self, batch: list[TrainingPair], step: int) -> StepOutput:
+        """Mean over the pairs and both ways of 1 - LNCC in the lung with the field's regularisers, and of the error.
+
+        Metrics: `loss`, `lncc`, `folding` (mean of relu(-det J)), `disagreement_mm` (there and back, mean of the lung);
+        `error_mm` from fixed to moving where a displacement is known.
+        """
+        each = [self.one(pair) for pair in batch]
+        loss = torch.stack([metrics["loss"] for metrics in each]).mean()
+        names = dict.fromkeys(name for metrics in each for name in metrics)
+        return StepOutput(
+            loss=loss,
+            metrics={
+                name: torch.stack([metrics[name].detach() for metrics in each if name in metrics]).mean()
+                for name in names
+            },
+        )
+
+    def one(self, pair: TrainingPair) -> dict[str, Float[Tensor, ""]]:
+        """Loss and figures of one pair."""
+        grid = pair.grid
+        there, back = self.model(grid.fixed_hu, grid.fixed_lung, grid.moving_hu, grid.moving_lung)
+        lung = grid.fixed_lung > 0
+        with torch.autocast(there.device.type, enabled=False):
+            fixed, moving = grid.lungs()
+            ways = (
+                self._one_way(there, fixed, moving, grid.fixed_lung, grid.moving_seen),
+                self._one_way(back, moving, fixed, grid.moving_lung, torch.ones_like(grid.moving_seen)),
+            )
+            figures = {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
+            with torch.no_grad():
+                miss = torch.linalg.vector_norm(there + warp(back, there), dim=1, keepdim=True)
+                figures["disagreement_mm"] = miss[lung].mean() * grid.spacing_mm
+            if pair.true_vox is not None:
+                known = lung & pair.true_vox.isfinite().all(dim=1, keepdim=True)
+                apart = torch.linalg.vector_norm(torch.where(known, there - pair.true_vox, 0.0) + 1e-6, dim=1)
+                figures["error_mm"] = apart.sum() / known.sum().clamp_min(1) * grid.spacing_mm
+                if self.config.truth:
+                    figures["loss"] = figures["loss"] + self.config.truth * figures["error_mm"]
+        return figures
+
+    def _one_way(
+        self,
+        v_vox: Float[Tensor, "1 3 z y x"],
+        fixed: Float[Tensor, "1 1 z y x"],
+        moving: Float[Tensor, "1 1 z y x"],
+        lung: Float[Tensor, "1 1 z y x"],
+        seen: Float[Tensor, "1 1 z y x"],
+    ) -> dict[str, Float[Tensor, ""]]:
+        """`seen`: 1 where `moving` has voxels."""
+        config = self.config
+        rim = F.max_pool3d(lung, 3, stride=1, padding=1)
+        terms = warp_loss_terms(moving, v_vox, weight=rim, with_bending=True)
+        assert terms.bending is not None
+        counts = rim * (warp(seen, v_vox.detach()) > 0.99)
+        similarity = lncc(fixed, terms.warped, window=config.window, eps=EPS, mask=counts).sum()
+        smooth = config.diffusion * terms.diffusion + config.bending * terms.bending
+        loss = 1 - similarity + (smooth + config.folding * terms.folding).sum()
+        return {"loss": loss, "lncc": similarity, "folding": terms.folding.sum()}
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Nothing: the task keeps no state beside its weights."""
+
+    def export_encoder(self) -> Encoder:
+        """The encoder as trained so far."""
+        return self.model.encoder
+
+
+def predict(model: RegistrationModel, fixed: PhaseScan, moving: PhaseScan, affine: Float[np.ndarray, "3 4"]) -> Coarse:
+    """The network's field after an affine, fixed to moving LPS mm, and how far both ways disagree.
+
+    On the model's device, left in eval mode. Raises ValueError for scans that don't have the encoder's voxels.
+    """
+    spacing_mm = model.encoder.spacing_mm
+    for name, scan in (("fixed", fixed), ("moving", moving)):
+        if max(abs(mm - spacing_mm) for mm in scan.spacing_mm) > 1e-3:
+            raise ValueError(f"the {name} scan has voxels of {scan.spacing_mm} mm, the network's are {spacing_mm:g}")
+    device = next(model.parameters()).device
+    pair = common_grid(fixed, moving, affine, multiple=model.multiple, device=device)
+    model.eval()
+    scans = (pair.fixed_hu, pair.fixed_lung), (pair.moving_hu, pair.moving_lung)
+    with torch.inference_mode():
+        there, back = model(*scans[0], *scans[1])
+        miss = torch.linalg.vector_norm(there + warp(back, there), dim=1)[0][pair.fixed_lung[0, 0] > 0]
+        there, _ = inverse_consistent(there, back)
+    z, y, x = fixed.ct_hu.shape
+    return Coarse(
+        v_mm=(there[0, :, :z, :y, :x] * spacing_mm).cpu().numpy(),
+        grid=fixed.geometry(),
+        disagreement_mm=float(miss.median()) * spacing_mm if len(miss) else math.nan,
+    )
+
+
+class _Match(nn.Module):
+    """One level: where the moving features fit best around the field so far."""
+
+    def __init__(self, width: int, labels: int, reach: int, groups: int) -> None:
+        super().__init__()
+        self.reach = reach
+        self.sharpness = nn.Parameter(torch.tensor(10.0))
+        """Of the softmax over places, for correlations of -1 to 1."""
+        self.blocks = nn.Sequential(
+            _block(labels + width + 3, width, groups), _block(width, width, groups), nn.Conv3d(width, 3, 3, padding=1)
+        )
+        last = self.blocks[-1]
+        assert isinstance(last, nn.Conv3d) and last.bias is not None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        moves = [(x, y, z) for z, y, x in itertools.product(range(-reach, reach + 1), repeat=3)]
+        self.moves: Tensor
+        self.register_buffer("moves", torch.tensor(moves, dtype=torch.float32), persistent=False)
+
+    def forward(
+        self, fixed: Float[Tensor, "b c z y x"], moving: Float[Tensor, "b c z y x"], v_vox: Float[Tensor, "b 3 z y x"]
+    ) -> Float[Tensor, "b 3 z y x"]:
+        with torch.autocast(fixed.device.type, enabled=False):
+            fixed = F.normalize(fixed, dim=1)
+            alike = correlations(fixed, warp(F.normalize(moving, dim=1), v_vox), self.reach)
+            place = (alike * self.sharpness).softmax(dim=1)
+            step = torch.einsum("blzyx,lk->bkzyx", place, self.moves)
+        return v_vox + step + self.blocks(torch.cat([alike, fixed, v_vox], dim=1)).float()
+
+
+def correlations(
+    fixed: Float[Tensor, "b c z y x"], moving: Float[Tensor, "b c z y x"], reach: int
+) -> Float[Tensor, "b l z y x"]:
+    """Inner product of each fixed voxel's features with those of the moving voxels around it, x fastest; beyond the
+    border, 0.
+    """
+    z, y, x = fixed.shape[2:]
+    padded = F.pad(moving, (reach,) * 6)
+    return torch.stack(
+        [
+            (fixed * padded[:, :, k : k + z, j : j + y, i : i + x]).sum(dim=1)
+            for k, j, i in itertools.product(range(2 * reach + 1), repeat=3)
+        ],
+        dim=1,
+    )
+
+
+def _doubled(v_vox: Float[Tensor, "b 3 z y x"]) -> Float[Tensor, "b 3 Z Y X"]:
+    """On a grid of half the voxels."""
+    return 2 * F.interpolate(v_vox, scale_factor=2, mode="trilinear", align_corners=False)
+
+
+def _block(inputs: int, width: int, groups: int, *, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(inputs, width, 3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(groups, width),
+        nn.LeakyReLU(0.01),
+    )
