@@ -11,8 +11,8 @@ from lungssl_data.volume import Geometry
 from lungssl_ops.warp import jacobian_determinant
 from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register
 from lungssl_tasks.registration.alignment import align
-from lungssl_tasks.registration.common_grid import common_grid
-from lungssl_tasks.registration.descent import DescentConfig, Level, unfolded
+from lungssl_tasks.registration.common_grid import CommonGrid, common_grid
+from lungssl_tasks.registration.descent import DescentConfig, Level, descend, unfolded
 from lungssl_tasks.registration.register import filled
 from lungssl_tasks.registration.search import SearchConfig, search
 from lungssl_tasks.registration.trust import Trust
@@ -210,6 +210,34 @@ def test_folds_are_smoothed_away_and_the_rest_stays() -> None:
     assert (jacobian_determinant(smooth) > 0).all()
     assert (smooth[..., :4] == v[..., :4]).all()
     assert (unfolded(v, ~lung) == v).all()  # folds outside of the lung are nobody's business
+
+
+def test_a_diffeomorphism_can_be_undone_and_finds_as_well(pair: Pair, found: Registration) -> None:
+    exhale, inhale, truth_mm = pair
+    config = dataclasses.replace(COARSE, descent=dataclasses.replace(COARSE.descent, diffeomorphic=True))
+    smooth = register(exhale, inhale, config, affine=found.affine)
+    points, truth = lung_points_mm(exhale), truth_mm[:, exhale.lung > 0].T
+    errors = [np.linalg.norm(one.at(points) - truth, axis=1).mean() for one in (smooth, found)]
+    assert errors[0] < 1.15 * errors[1]
+    assert np.linalg.norm(smooth.at(points) - found.at(points), axis=1).mean() > 0.1  # another field
+
+    # Told to make a mess, it doesn't fold.
+    wild = DescentConfig(
+        levels=(Level(spacing_mm=7.0, iterations=30, rate=2.0),), diffusion=0.0, bending=0.0, folding=0.0
+    )
+    grid = common_grid(exhale, inhale, found.affine, multiple=wild.multiple(7.0), device=torch.device("cpu"))
+    start = torch.zeros(1, 3, *grid.fixed_hu.shape[2:])
+    least = [
+        float(jacobian_determinant(descend_without_mending(grid, start, one)).min())
+        for one in (wild, dataclasses.replace(wild, diffeomorphic=True))
+    ]
+    assert least[0] < 0 < least[1]
+
+
+def descend_without_mending(grid: CommonGrid, start: torch.Tensor, config: DescentConfig) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lungssl_tasks.registration.descent.unfolded", lambda v_vox, lung: v_vox)
+        return descend(grid, start, config)
 
 
 def test_around_the_lung_a_field_goes_on_smoothly() -> None:

@@ -115,6 +115,7 @@ def register_files(
     encoder: Path | None = None,
     encoder_share: float = ENCODER_SHARE,
     model: Path | None = None,
+    diffeomorphic: bool = False,
     landmarks: tuple[Path, Path] | None = None,
     device: str = "auto",
     say: Callable[[str], None],
@@ -132,6 +133,8 @@ def register_files(
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}")
     config = PRESETS[preset]
+    if diffeomorphic:
+        config = dataclasses.replace(config, descent=dataclasses.replace(config.descent, diffeomorphic=True))
     if encoder is not None and model is not None:
         raise ConfigError("--encoder and --model exclude each other: a network has an encoder of its own")
     network = None if model is None else load_registration(model_folder(model)).to(pick_device(device))

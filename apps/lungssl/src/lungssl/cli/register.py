@@ -28,6 +28,9 @@ def register(
         Path | None, typer.Option(help="Points of --fixed (.csv, .txt, .pts, LPS mm) to judge by; with the next one.")
     ] = None,
     moving_landmarks: Annotated[Path | None, typer.Option(help="Where they are in --moving, row by row.")] = None,
+    diffeomorphic: Annotated[
+        bool, typer.Option("--diffeomorphic", help="A smooth map both ways by construction; takes some times longer.")
+    ] = False,
     field_mm: Annotated[
         float | None, typer.Option(help="Voxels of the field, about; without it those of --fixed.")
     ] = None,
@@ -91,6 +94,7 @@ def register(
         encoder=encoder,
         encoder_share=encoder_share,
         model=model,
+        diffeomorphic=diffeomorphic,
         landmarks=None if fixed_landmarks is None or moving_landmarks is None else (fixed_landmarks, moving_landmarks),
         device=device,
         say=print,

@@ -5,7 +5,9 @@ Minimises, level by level from coarse to fine,
     1 - LNCC(fixed, moving(p + v)) + a mean |grad v|^2 + b mean bending(v) + c mean relu(-det(I + grad v))
 
 with LNCC in the lung and a rim around it, the other three in the lung and one voxel around it, in voxels of the level.
-v is read from a coarser lattice of nodes, smoothed once: a step moves a neighbourhood, not a voxel. Adam after
+v is read from a coarser lattice of nodes, smoothed once: a step moves a neighbourhood, not a voxel; or, where it is to
+be a diffeomorphism, the nodes are a stationary velocity, followed for a unit of time (Arsigny et al. 2006,
+doi:10.1007/11866565_113; the search's field is taken for the first velocity). Adam after
 Siebert et al. 2024 (`search.py`), whose similarity is MIND-SSC; LNCC as in ANTs (Avants et al. 2008,
 doi:10.1016/j.media.2007.06.004), whose tail the search before avoids.
 """
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from lungssl_ops.lncc import lncc
-from lungssl_ops.warp import jacobian_determinant, warp, warp_loss_terms
+from lungssl_ops.warp import exponential, jacobian_determinant, warp, warp_loss_terms
 from torch import Tensor
 
 from lungssl_tasks.registration.common_grid import CommonGrid
@@ -32,6 +34,8 @@ EPS = 1e-4
 STILL = 0.1
 """Adam's epsilon for the loss times the lung's nodes, where a node's gradient is 0.1 to 1 while there is something to
 gain: below it steps shrink with the gradient, so that rounding errors don't move a field that is where it should be."""
+SQUARINGS = 6
+"""Of a velocity: 64 steps, for residual motions of 30 mm half a voxel of 1 mm each."""
 MOST_SMOOTHINGS = 50
 """Rounds that `unfolded` may take; a fold left after them is reported, not hidden."""
 
@@ -60,6 +64,8 @@ class DescentConfig:
     diffusion: float = 0.05
     bending: float = 2.0
     folding: float = 10.0
+    diffeomorphic: bool = False
+    """Whether v is the exponential of a velocity: smooth both ways by construction, at the price of its time."""
 
     def multiple(self, spacing_mm: float) -> int:
         """What the sides of a grid must be divided by."""
@@ -72,14 +78,21 @@ def descend(
     config: DescentConfig,
     say: Callable[[str], None] = lambda _: None,
 ) -> Float[Tensor, "1 3 z y x"]:
-    """The field after all levels, in voxels of the pair's grid, without folds in the lung as far as that goes."""
+    """The field after all levels, in voxels of the pair's grid, without folds in the lung as far as that goes.
+
+    `v_vox` is what it begins with.
+    """
+
+    def field(nodes: Float[Tensor, "1 3 z y x"]) -> Float[Tensor, "1 3 z y x"]:
+        return exponential(nodes, steps=SQUARINGS) if config.diffeomorphic else nodes
+
     fixed, moving = pair.lungs()
     for level in config.levels:
         factor = _factor(level, pair.spacing_mm)
         near, far, lung = (F.avg_pool3d(one, factor) for one in (fixed, moving, pair.fixed_lung))
         lung = (lung > 0.5).float()
         smooth = _grown(lung, 1)
-        seen = F.avg_pool3d(warp(pair.moving_seen, v_vox), factor)
+        seen = F.avg_pool3d(warp(pair.moving_seen, field(v_vox)), factor)
         counts = _grown(lung, level.rim) * (seen > 0.99)  # what the moving scan cuts off is led by what is around it
         nodes = (F.avg_pool3d(v_vox, factor * NODES) / factor).requires_grad_(True)
         adam = torch.optim.Adam([nodes], lr=level.rate, eps=STILL)
@@ -87,7 +100,7 @@ def descend(
         for step in range(level.iterations):
             turn = 0.5 * (1 + math.cos(math.pi * step / level.iterations))
             adam.param_groups[0]["lr"] = level.rate * (LAST_RATE + (1 - LAST_RATE) * turn)
-            terms = warp_loss_terms(far, _read(nodes), weight=smooth, with_bending=True)
+            terms = warp_loss_terms(far, field(_read(nodes)), weight=smooth, with_bending=True)
             assert terms.bending is not None
             similarity = lncc(near, terms.warped, window=level.window, eps=EPS, mask=counts)
             loss = 1 - similarity + config.diffusion * terms.diffusion + config.bending * terms.bending
@@ -98,7 +111,7 @@ def descend(
         with torch.no_grad():
             v_vox = _finer(_read(nodes), factor) * factor
         say(f"descent at {factor * pair.spacing_mm:g} mm")
-    return unfolded(v_vox, pair.fixed_lung > 0)
+    return unfolded(field(v_vox), pair.fixed_lung > 0)
 
 
 def unfolded(v_vox: Float[Tensor, "1 3 z y x"], lung: Bool[Tensor, "1 1 z y x"]) -> Float[Tensor, "1 3 z y x"]:
