@@ -14,7 +14,7 @@ from lungssl_tasks.registration.alignment import align
 from lungssl_tasks.registration.common_grid import CommonGrid, common_grid
 from lungssl_tasks.registration.descent import DescentConfig, Level, descend, unfolded
 from lungssl_tasks.registration.register import filled
-from lungssl_tasks.registration.search import SearchConfig, search
+from lungssl_tasks.registration.search import SearchConfig, principal, search
 from lungssl_tasks.registration.trust import Trust
 from scipy import ndimage, spatial
 
@@ -143,6 +143,20 @@ def test_given_features_lead_the_search(pair: Pair, found: Registration) -> None
     with pytest.raises(ValueError, match=r"given features have shape \(1, 2, 1, 1, 1\), expected \[1, c, "):
         grid = common_grid(exhale, inhale, found.affine, multiple=2, device=torch.device("cpu"))
         search(grid, COARSE.search, (torch.zeros(1, 2, 1, 1, 1), torch.zeros(1, 2, 1, 1, 1)))
+
+
+def test_principal_components_keep_distances() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(4, 40, dtype=torch.float64)
+    volumes = [torch.einsum("bkzyx,kc->bczyx", torch.randn(1, 4, 3, 5, 4).double(), mixing) + 7 for _ in range(2)]
+    inside = torch.rand(3, 5, 4) > 0.3
+    few = principal((volumes[0], volumes[1]), (inside, inside), 4)
+    assert few[0].shape == (1, 4, 3, 5, 4)
+    apart = [float((a[0, :, 0, 0, 0] - b[0, :, 2, 4, 3]).norm()) for a, b in (volumes, few)]
+    assert apart[1] == pytest.approx(apart[0])
+    assert principal((volumes[0], volumes[1]), (inside, inside), 40)[0] is volumes[0]
+    lost = principal((volumes[0], volumes[1]), (inside, inside), 2)
+    assert 0 < lost[0].var() * 2 < few[0].var() * 4  # variance goes, the largest last
 
 
 def test_scans_that_cant_be_registered_are_refused(pair: Pair) -> None:
