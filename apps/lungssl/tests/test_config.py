@@ -105,6 +105,9 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
     file.write_text("a: [\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_recipe(file)
+    file.write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
+    with pytest.raises(ConfigError, match=r"key 'train' is there twice"):
+        load_recipe(file)
 
 
 def test_views_that_are_no_whole_number_of_tokens_are_refused() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 import yaml
 
 from lungssl.errors import ConfigError, did_you_mean
-from lungssl.recipe_files import recipe_text
+from lungssl.recipe_files import recipe_text, yaml_values
 from lungssl.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Read, override and check a recipe. Raises ConfigError that names the key."""
     text = recipe_text(name_or_path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml_values(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name_or_path}: not valid YAML: {error}") from error
     return resolve(values, overrides, source=str(name_or_path))

@@ -1,8 +1,11 @@
 """The YAML files of recipes and plans: shipped ones by name, others by path. Imports next to nothing."""
 
+from collections.abc import Hashable
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from lungssl.errors import ConfigError, did_you_mean
 
@@ -31,3 +34,19 @@ def recipe_text(name_or_path: str | Path, kind: Kind = "recipe") -> str:
     if str(name_or_path) not in known:
         raise ConfigError(f"unknown {kind} {str(name_or_path)!r}{did_you_mean(str(name_or_path), known)}")
     return (files("lungssl") / f"{kind}s" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+
+
+def yaml_values(text: str) -> Any:
+    """The values of a YAML text. Raises yaml.YAMLError, of keys that are there twice too: the last one would win."""
+    return yaml.load(text, _Strict)
+
+
+class _Strict(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, Hashable) and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)

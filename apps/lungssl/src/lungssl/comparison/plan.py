@@ -17,7 +17,7 @@ import yaml
 from lungssl.cohort import CohortConfig
 from lungssl.config import Recipe, apply_override, checked_section, load_recipe
 from lungssl.errors import ConfigError, did_you_mean
-from lungssl.recipe_files import recipe_text
+from lungssl.recipe_files import recipe_text, yaml_values
 
 Equalised = Literal["steps", "flops"]
 ARM_NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,40}"
@@ -247,7 +247,7 @@ class Finetune:
 def load_plan(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """Read, override and check a plan. Raises ConfigError that names the key."""
     try:
-        values = yaml.safe_load(recipe_text(name_or_path, "plan"))
+        values = yaml_values(recipe_text(name_or_path, "plan"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{name_or_path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
