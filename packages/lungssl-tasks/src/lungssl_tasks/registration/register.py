@@ -47,7 +47,11 @@ PRESETS: dict[str, RegistrationConfig] = {
     "accurate": RegistrationConfig(
         spacing_mm=1.5,
         descent=DescentConfig(
-            levels=tuple(Level(spacing_mm=mm, iterations=60) for mm in (4.5, 3.0, 1.5)),
+            levels=(
+                Level(spacing_mm=4.5, iterations=60, rim=0),
+                Level(spacing_mm=3.0, iterations=60, rim=0),
+                Level(spacing_mm=1.5, iterations=60),
+            ),
         ),
     ),
 }
