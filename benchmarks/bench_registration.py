@@ -64,6 +64,8 @@ UNJUDGED = Trust(
 DENSE_POINTS = 20_000
 """Lung voxels that a phantom's end-point error is taken at."""
 NEAR_PLEURA_MM = 10.0
+FEW_POINTS = 50
+"""Of so few landmarks each one's error is kept: what methods err alike is the landmarks' own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ def scored(case: Case, found: Registration) -> dict[str, Any]:
     row = {name: round(value, 3) for name, value in dataclasses.asdict(error).items()}
     row |= {name: round(value, 5) for name, value in dataclasses.asdict(field).items()}
     row |= {"inverse_p95_mm": round(float(np.nanpercentile(back, 95)), 3), "no_inverse": float(np.isnan(back).mean())}
+    if len(case.points_mm) <= FEW_POINTS:
+        row["residuals_mm"] = (predicted - case.true_mm).round(2).tolist()
     if case.near_pleura is not None:
         each = np.linalg.norm(predicted - case.true_mm, axis=1)
         row["pleura_ratio"] = round(float(each[case.near_pleura].mean() / each.mean()), 3)

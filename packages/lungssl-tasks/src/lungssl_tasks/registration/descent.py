@@ -53,8 +53,8 @@ class Level:
     """LNCC's, in voxels: on phantoms of 2 mm, 5 errs by 1.00 mm where 7 errs by 1.09 and 9 by 1.19 (docs/log.md)."""
     rim: int = 1
     """Voxels around the lung that LNCC counts. They hold its edge, which outshines the texture beside it: on four
-    phantoms of 2 mm, 2 at both levels errs by 0.84 mm, 1 by 0.80, 0 by 0.76 but with edges as rough (SD of ln J 0.18 for
-    0.12), 0 at 4 mm and 1 at 2 mm by 0.74 (docs/log.md)."""
+    phantoms of 2 mm, 2 at both levels errs by 0.84 mm, 1 by 0.80, 0 by 0.76 but with rougher edges (SD of ln J 0.18
+    for 0.12), 0 at 4 mm and 1 at 2 mm by 0.74 (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
