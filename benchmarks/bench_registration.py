@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from lungssl_tasks.registration.alignment import AlignmentConfig, align
 from lungssl_tasks.registration.common_grid import LUNG_HU, common_grid
 from lungssl_tasks.registration.descent import DescentConfig, Level
 from lungssl_tasks.registration.scores import field_scores, landmark_errors
+from registration_peers import most_memory_mb
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data"
@@ -155,7 +155,7 @@ def apart(function: Any, *arguments: Any) -> tuple[Registration, float, float]:
 
 def _with_peak(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, float]:
     found = function(*arguments)
-    return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return found, most_memory_mb()
 
 
 def by_peer(method: str, case: Case, python: str, folder: Path) -> tuple[Registration, float, float] | str:
