@@ -29,7 +29,7 @@ def register(
     ] = None,
     moving_landmarks: Annotated[Path | None, typer.Option(help="Where they are in --moving, row by row.")] = None,
     diffeomorphic: Annotated[
-        bool, typer.Option("--diffeomorphic", help="A smooth map both ways by construction; takes some times longer.")
+        bool, typer.Option("--diffeomorphic", help="A smooth map both ways by construction; takes three times as long.")
     ] = False,
     field_mm: Annotated[
         float | None, typer.Option(help="Voxels of the field, about; without it those of --fixed.")
