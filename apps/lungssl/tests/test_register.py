@@ -279,7 +279,9 @@ def test_however_the_inhale_is_stored_points_are_found(scans: Path, tmp_path: Pa
     assert json.loads((tmp_path / "s.json").read_text())["doubts"] == []
 
 
-def test_landmarks_are_judged_by_and_a_page_is_written(scans: Path, tmp_path: Path) -> None:
+def test_landmarks_are_judged_by_and_a_page_is_written(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lung = read_labels(scans / "exhale_lung.nii.gz")
     points = lung_points_mm(lung)
     write_points(tmp_path / "here.csv", points)
@@ -287,6 +289,10 @@ def test_landmarks_are_judged_by_and_a_page_is_written(scans: Path, tmp_path: Pa
     marks = ("--fixed-landmarks", tmp_path / "here.csv", "--moving-landmarks", tmp_path / "there.csv")
     page, figures = tmp_path / "r.html", tmp_path / "s.json"
     assert main(command(scans, tmp_path / "u.mha", *marks, "--report", page, "--summary", figures)) == 0
+    write_points(tmp_path / "far.csv", points + np.array([0.0, 0.0, 5000.0]))
+    distant = ("--fixed-landmarks", tmp_path / "here.csv", "--moving-landmarks", tmp_path / "far.csv")
+    assert main(command(scans, tmp_path / "v.mha", *distant)) == 3
+    assert "far.csv: point 1 lies beyond --moving" in capsys.readouterr().err
     errors = json.loads(figures.read_text())["landmarks"]
     assert errors["points"] == len(points) and errors["identity_mm"] == pytest.approx(5.0)
     moved = registering.warp_points(points, *read_field(tmp_path / "u.mha"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.field import field_image
@@ -202,7 +202,7 @@ def register_files(
 def read_landmarks(
     paths: tuple[Path, Path], volumes: Mapping[str, Volume]
 ) -> tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]:
-    """Points of the fixed and of the moving scan, LPS mm; DataError where they aren't as many."""
+    """Points of the fixed and of the moving scan, LPS mm; DataError where they aren't as many, or lie beyond it."""
     here, there = (
         read_points(path, volumes[role].geometry) for path, role in zip(paths, ("fixed", "moving"), strict=True)
     )
@@ -210,7 +210,20 @@ def read_landmarks(
         raise DataError(
             f"{paths[0].name} has {len(here)} points and {paths[1].name} {len(there)}; row by row they must be the same"
         )
+    for path, role, points in zip(paths, ("fixed", "moving"), (here, there), strict=True):
+        if (outside := beyond(points, volumes[role].geometry)).any():
+            raise DataError(
+                f"{path.name}: point {int(np.argmax(outside)) + 1} lies beyond --{role}; points must be in LPS mm "
+                f"(in RAS the signs of x and y are turned)"
+            )
     return here, there
+
+
+def beyond(points_mm: Float[ndarray, "n 3"], grid: Geometry) -> Bool[ndarray, " n"]:
+    """Whether points lie beyond the voxels of a grid."""
+    index_to_mm = grid.index_to_mm()
+    index = (points_mm - index_to_mm[:, 3]) @ np.linalg.inv(index_to_mm[:, :3]).T
+    return ((index < -0.5) | (index > np.array(grid.shape[::-1]) - 0.5)).any(axis=1)
 
 
 def searched_by(config: RegistrationConfig, share: float) -> RegistrationConfig:
@@ -272,10 +285,7 @@ def warp_points(
     points_mm: Float[ndarray, "n 3"], u_mm: Float32[ndarray, "3 z y x"], grid: Geometry
 ) -> Float[ndarray, "n 3"]:
     """Fixed points in the moving scan, p + u(p), as ITK reads the field; DataError for points beyond its grid."""
-    index_to_mm = grid.index_to_mm()
-    index = (points_mm - index_to_mm[:, 3]) @ np.linalg.inv(index_to_mm[:, :3]).T
-    outside = ((index < -0.5) | (index > np.array(grid.shape[::-1]) - 0.5)).any(axis=1)
-    if outside.any():
+    if (outside := beyond(points_mm, grid)).any():
         raise DataError(
             f"point {int(np.argmax(outside)) + 1} of {len(points_mm)} lies beyond the field; points must be of the "
             f"fixed scan, in LPS mm"

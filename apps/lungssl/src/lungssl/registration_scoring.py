@@ -33,7 +33,7 @@ class PairScore:
 
     patient: str
     truth: str
-    """`expert` or `automatic` landmarks, or the displacement's provenance (`phantom`: exact)."""
+    """`expert` or `automatic` landmarks, or the displacement's provenance (`phantom (exact)`)."""
     errors: LandmarkErrors
     affine_mm: float
     """Mean error of the affine alone."""
@@ -126,8 +126,9 @@ def truths(cache: PairCache, pair: PhasePair) -> dict[str, tuple[Float[ndarray, 
     """Exhale points and where they are in inhale, by what tells it; nothing for a patient with one phase."""
     if len(pair.phases()) < 2:
         return {}
-    known = {kind: (marks.exhale_mm, marks.inhale_mm) for kind, marks in pair.landmarks.items()}
-    found: dict[str, tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]] = dict(known)
+    found: dict[str, tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]] = {
+        kind: (marks.exhale_mm, marks.inhale_mm) for kind, marks in pair.landmarks.items()
+    }
     if pair.displacement is not None:
         points = points_of(cache, pair.patient)
         assert points.truth_mm is not None
@@ -141,7 +142,6 @@ def truths(cache: PairCache, pair: PhasePair) -> dict[str, tuple[Float[ndarray, 
 def summary(scores: list[PairScore]) -> dict[str, dict[str, float]]:
     """By kind of truth: means over patients."""
     figures: Mapping[str, Callable[[PairScore], float]] = {
-        "patients": lambda _: 1.0,
         "identity_mm": lambda s: s.errors.identity_mm,
         "affine_mm": lambda s: s.affine_mm,
         "mean_mm": lambda s: s.errors.mean_mm,
@@ -152,7 +152,6 @@ def summary(scores: list[PairScore]) -> dict[str, dict[str, float]]:
         "sdlogj": lambda s: s.field.sdlogj,
         "sdlogj_l2r": lambda s: s.field.sdlogj_l2r,
         "inverse_p95_mm": lambda s: s.inverse_p95_mm,
-        "not_trusted": lambda s: float(bool(s.doubts)),
         "seconds": lambda s: s.seconds,
     }
     held: dict[str, dict[str, float]] = {}

@@ -43,8 +43,8 @@ class TrainingPair:
 
 @dataclass(frozen=True, kw_only=True)
 class AffineJitter:
-    """By how much the affine is wrong on purpose: uniform in each direction, about the fixed lung's centre. Ours, by
-    what refined affines err on phantoms of 4 mm.
+    """By how much the affine is wrong on purpose: uniform in each direction, about the fixed lung's centre. Ours,
+    not tuned.
     """
 
     rotation_deg: float = 4.0
