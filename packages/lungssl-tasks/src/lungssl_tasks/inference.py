@@ -58,7 +58,7 @@ def predict_labels(
                 device="cpu",
             )
             assert isinstance(logits, torch.Tensor)
-            chosen = logits[0, :, start - first : stop - first].argmax(dim=0)
+            chosen = logits[0, :, start - first : stop - first].max(dim=0).indices
             labels[start:stop] = chosen.to(torch.uint8).numpy()
     return labels
 

@@ -153,6 +153,9 @@ class RegistrationTask(nn.Module):
         """Train what comes after the encoder only; the encoder stays in eval mode."""
         truth: float = 0.0
         """Weight of the mean error in mm where a pair's displacement is known (phantoms). 0: no pair's is looked at."""
+        consistency: float = 0.1
+        """Weight of the mean squared way from a point of the lung there and back again, in voxels (ICON, Greer et al.
+        2021, https://arxiv.org/abs/2105.04459): alike places are many, and only the same one is found both ways."""
         window: int = 5
         """LNCC's, in voxels."""
         diffusion: float = DescentConfig().diffusion
@@ -179,7 +182,8 @@ class RegistrationTask(nn.Module):
         return self
 
     def forward(self, batch: list[TrainingPair], step: int) -> StepOutput:
-        """Mean over the pairs and both ways of 1 - LNCC in the lung with the field's regularisers, and of the error.
+        """Mean over the pairs and both ways of 1 - LNCC in the lung with the field's regularisers; of what there and
+        back misses by, and of the error.
 
         Metrics: `loss`, `lncc`, `folding` (mean of relu(-det J)), `disagreement_mm` (there and back, mean of the lung);
         `error_mm` from fixed to moving where a displacement is known.
@@ -207,9 +211,9 @@ class RegistrationTask(nn.Module):
                 self._one_way(back, moving, fixed, grid.moving_lung, torch.ones_like(grid.moving_seen)),
             )
             figures = {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
-            with torch.no_grad():
-                miss = torch.linalg.vector_norm(there + warp(back, there), dim=1, keepdim=True)
-                figures["disagreement_mm"] = miss[lung].mean() * grid.spacing_mm
+            miss = (there + warp(back, there)).square().sum(dim=1, keepdim=True)[lung]
+            figures["loss"] = figures["loss"] + self.config.consistency * miss.mean()
+            figures["disagreement_mm"] = miss.sqrt().mean() * grid.spacing_mm
             if pair.true_vox is not None:
                 known = lung & pair.true_vox.isfinite().all(dim=1, keepdim=True)
                 apart = torch.linalg.vector_norm(torch.where(known, there - pair.true_vox, 0.0) + 1e-6, dim=1)
