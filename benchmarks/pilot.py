@@ -59,7 +59,7 @@ def main() -> None:
             HERE / "results" / "pilot" / f"{name}.json",
         )
         if options.report:
-            keep(options.out / name, results)
+            keep(plan, options.out / name, results)
             outcome = kept_outcome(plan, results, HERE.parent / "docs" / "pilot" / name)
         else:
             outcome = run(plan, options.out / name, None if options.quick else results, shard=options.shard)
@@ -96,17 +96,18 @@ def run(plan: Plan, out: Path, results: Path | None, *, shard: str | None) -> Ou
     return carry_out(plan, data=data, out=out, shift=shift, shard=shard, say=say)
 
 
-def keep(folder: Path, path: Path) -> None:
-    """Add a comparison's rows to a results file."""
+def keep(plan: Plan, folder: Path, path: Path) -> None:
+    """Add a comparison's rows to a results file, and drop those that the plan doesn't ask for any more."""
     if not (folder / "costs.json").is_file():
         return
     rows = {row["id"]: row for row in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
     for one in (folder / "results").glob("*.json"):
         rows[one.stem] = rounded(json.loads(one.read_text()))
     head = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("costs", "env")}
+    wanted = set(wanted_ids(plan, head["env"]["data"], head["env"]["shift"]))
     # Of whoever made the last stretch, with a folder of that machine.
     head["env"]["command"] = ["uv", "run", "python", "benchmarks/pilot.py", "--out", "DIR", "--parts", folder.name]
-    lines = ",\n".join(json.dumps(rows[name]) for name in sorted(rows))
+    lines = ",\n".join(json.dumps(rows[name]) for name in sorted(wanted & set(rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n')
 
