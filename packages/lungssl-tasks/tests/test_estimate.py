@@ -7,7 +7,6 @@ import pytest
 from lungssl_data.pair import PhasePair, PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom
 from lungssl_data.prepare import coarse_affine
-from lungssl_tasks.aeration import non_aerated_mass_g
 from lungssl_tasks.registration import EstimateConfig, estimate_displacement
 
 
@@ -63,10 +62,3 @@ def test_a_pair_that_cant_be_registered_is_told(phantom_pair: tuple[PhasePair, n
         estimate_displacement(dataclasses.replace(pair, exhale=flat))
     with pytest.raises(ValueError, match="no inhale scan"):
         estimate_displacement(dataclasses.replace(pair, inhale=None))
-
-
-def test_non_aerated_mass_counts_the_interval_and_its_ends() -> None:
-    hu = np.array([[[-1000, -101, -100, 0, 100, 101, 0]]], np.int16)
-    lung = np.array([[[1, 1, 1, 1, 1, 1, 0]]], bool)
-    # 0.9, 1.0 and 1.1 g/ml in voxels of 2 x 3 x 4 = 24 mm^3
-    assert non_aerated_mass_g(hu, lung, (2.0, 3.0, 4.0)) == pytest.approx(3.0 * 24 / 1000)
