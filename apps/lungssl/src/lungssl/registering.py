@@ -130,9 +130,42 @@ def register_files(
     Raises ConfigError for an unknown preset, DataError for scans whose lungs can't be found or matched, and what the
     readers raise.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"--preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}")
-    config = PRESETS[preset]
+    preset_config(preset)  # a wrong name is told before minutes of reading
+    volumes = {"fixed": read_volume(fixed), "moving": read_volume(moving)}
+    points = None if landmarks is None else read_landmarks(landmarks, volumes)
+    masks = {
+        role: None if path is None else read_labels(path)
+        for role, path in (("fixed", fixed_mask), ("moving", moving_mask))
+    }
+    return register_volumes(
+        volumes,
+        masks,
+        preset=preset,
+        encoder=encoder,
+        encoder_share=encoder_share,
+        model=model,
+        diffeomorphic=diffeomorphic,
+        points=points,
+        device=device,
+        say=say,
+    )
+
+
+def register_volumes(
+    volumes: Mapping[str, Volume],
+    masks: Mapping[str, LabelMap | None],
+    *,
+    preset: str = "default",
+    encoder: Path | None = None,
+    encoder_share: float = ENCODER_SHARE,
+    model: Path | None = None,
+    diffeomorphic: bool = False,
+    points: tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]] | None = None,
+    device: str = "auto",
+    say: Callable[[str], None],
+) -> Registered:
+    """As `register_files`, of what has been read: `fixed` and `moving`, and their points in LPS mm."""
+    config = preset_config(preset)
     if diffeomorphic:
         config = dataclasses.replace(config, descent=dataclasses.replace(config.descent, diffeomorphic=True))
     if encoder is not None and model is not None:
@@ -141,12 +174,6 @@ def register_files(
     backbone = None if encoder is None else load_encoder(encoder_file(encoder))
     if network is not None:
         backbone = network.encoder
-    volumes = {"fixed": read_volume(fixed), "moving": read_volume(moving)}
-    points = None if landmarks is None else read_landmarks(landmarks, volumes)
-    masks = {
-        role: None if path is None else read_labels(path)
-        for role, path in (("fixed", fixed_mask), ("moving", moving_mask))
-    }
     # Where a mask says no sides, both lungs are taken for one: the sides that another mask names would go astray.
     one_code = any(mask is not None and len(set(np.unique(mask.labels)) - {0}) == 1 for mask in masks.values())
     started = time.perf_counter()
@@ -197,6 +224,13 @@ def register_files(
         seconds=time.perf_counter() - started,
         landmarks=None if points is None else landmark_errors(points[0] + found.at(points[0]), points[1], points[0]),
     )
+
+
+def preset_config(name: str) -> RegistrationConfig:
+    """Of PRESETS; ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name!r} is unknown{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
 
 
 def read_landmarks(

@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "segment": "lungssl.cli.segment:segment",
     "register": "lungssl.cli.register:register",
     "warp": "lungssl.cli.warp:warp",
+    "analyze": "lungssl.cli.analyze:analyze",
     "evaluate": "lungssl.cli.evaluate:evaluate",
     "compare": "lungssl.cli.compare:compare",
     "bench": "lungssl.cli.bench:app",

@@ -1,0 +1,249 @@
+"""A pair of scans in, aeration figures, maps and doubts out."""
+
+import csv
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from lungssl_data.lung_mask import LungMaskError, lung_sides
+from lungssl_data.pair import PhaseScan
+from lungssl_data.readers import read_labels, read_volume, write_floats, write_labels
+from lungssl_data.resample import resample_labels
+from lungssl_data.volume import LabelMap, Volume
+from lungssl_tasks.aeration import Matched, Part, breath, match
+from lungssl_tasks.aeration.change import HYPER_HU, NON_HU, corrected_ventilation
+from lungssl_tasks.aeration.parts import LOBE_NAMES, Down
+from lungssl_tasks.aeration.precision import below_detectable
+from numpy import ndarray
+
+from lungssl.errors import ConfigError, DataError
+from lungssl.quality import Check, checks
+from lungssl.registering import Registered, register_volumes
+
+LUNG_OF_LOBE = {0: 0, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
+MaskKind = Literal["aerated", "whole"]
+"""Of what the lung masks hold: the air-filled lung alone, or also what isn't aerated."""
+NOT_MEASURABLE = "not measurable: aerated-only mask"
+ROLES = {"exhale": "fixed", "inhale": "moving"}
+EVENTS = {1: "recruited", 2: "derecruited", 3: "hyperinflated"}
+"""Codes of the map of what became of tissue."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Analysed:
+    """All that is known of a pair."""
+
+    registered: Registered
+    scans: Mapping[str, PhaseScan]
+    """`exhale` and `inhale`, the cubes that figures are counted on."""
+    parts: Mapping[str, Part]
+    matched: Matched
+    checks: list[Check]
+    masks: MaskKind
+    down: Down
+    seconds: float
+
+    def figures(self) -> dict[str, dict[str, float | None]]:
+        """By part of the lungs; None for what can't be told."""
+        return {name: part.figures(non_aerated=self.masks == "whole") for name, part in self.parts.items()}
+
+    def headline(self) -> str:
+        """Recruitment of both lungs in one sentence."""
+        recruited = self.figures()["lungs"]["net_recruited_percent"]
+        grams = self.figures()["lungs"]["net_recruited_g"]
+        if recruited is None or grams is None:
+            return f"Recruitment from exhale to inhale: {NOT_MEASURABLE}"
+        said = f"Net recruitment from exhale to inhale: {recruited:.1f} % of lung mass ({grams:.0f} g)"
+        return f"{said}, below detectable change" if below_detectable(recruited) else said
+
+    def jacobian(self) -> Float32[ndarray, "z y x"]:
+        """Volume at inhale by that at exhale, on the exhale grid; 0 beyond the lung."""
+        return self.registered.jacobian()[0]
+
+    def events(self) -> UInt8[ndarray, "z y x"]:
+        """EVENTS on the exhale grid."""
+        before, after = self.matched.exhale_hu, self.matched.inhale_hu
+        found = np.zeros(len(before), np.uint8)
+        found[(before >= HYPER_HU) & (after < HYPER_HU)] = 3
+        if self.masks == "whole":
+            found[(before >= NON_HU) & (after < NON_HU)] = 1
+            found[(before < NON_HU) & (after >= NON_HU)] = 2
+        return self.on_grid(found)
+
+    def matched_hu(self) -> Float32[ndarray, "z y x"]:
+        """HU of the same tissue at inhale, on the exhale grid; NaN beyond the lung."""
+        return self.on_grid(self.matched.inhale_hu.astype(np.float32), beyond=np.nan)
+
+    def gas_gain(self) -> Float32[ndarray, "z y x"]:
+        """SACJ, relative gain of gas, on the exhale grid; NaN where it says nothing."""
+        return self.on_grid(corrected_ventilation(self.matched).astype(np.float32), beyond=np.nan)
+
+    def on_grid(self, values: ndarray, beyond: float = 0) -> ndarray:
+        """Values of exhale lung voxels as an image."""
+        lung = self.scans["exhale"].lung > 0
+        image = np.full(lung.shape, beyond, values.dtype)
+        image[lung] = values
+        return image
+
+    def as_dict(self) -> dict[str, object]:
+        """For a program: no file names, nothing of the patient."""
+        return {
+            "research_use_only": True,
+            "headline": self.headline(),
+            "masks": self.masks,
+            "not_measurable": NOT_MEASURABLE if self.masks == "aerated" else None,
+            "gravity_pulls_to": self.down,
+            "voxel_mm": self.scans["exhale"].spacing_mm[0],
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "registration": self.registered.summary(),
+            "parts": {
+                name: {
+                    "exhale": held.exhale.as_dict(),
+                    "inhale": held.inhale.as_dict(),
+                    "pair": self.figures()[name],
+                }
+                for name, held in self.parts.items()
+            },
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def analyse_files(
+    exhale: Path,
+    inhale: Path,
+    *,
+    exhale_mask: Path | None = None,
+    inhale_mask: Path | None = None,
+    exhale_lobes: Path | None = None,
+    inhale_lobes: Path | None = None,
+    model: Path | None = None,
+    aerated_masks: bool = False,
+    preset: str = "default",
+    prone: bool = False,
+    device: str = "auto",
+    say: Callable[[str], None],
+) -> Analysed:
+    """Register the pair and count what its lungs hold.
+
+    Masks, lobes (1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL) or a lobe `model` are taken to hold all of the lung, unless
+    `aerated_masks` says that they lack what isn't aerated; masks made without any of them do. Raises ConfigError for
+    options that don't fit together, DataError for scans or masks that can't be used, and what the readers raise.
+    """
+    files = {
+        "mask": {"exhale": exhale_mask, "inhale": inhale_mask},
+        "lobes": {"exhale": exhale_lobes, "inhale": inhale_lobes},
+    }
+    for what, of in files.items():
+        if (of["exhale"] is None) != (of["inhale"] is None):
+            raise ConfigError(f"--exhale-{what} and --inhale-{what} belong together; give both or neither")
+    ways = [f"--exhale-{what}" for what, of in files.items() if of["exhale"] is not None]
+    ways += ["--model"] if model is not None else []
+    if len(ways) > 1:
+        raise ConfigError(f"{' and '.join(ways)} exclude each other: each says where the lungs are")
+    if aerated_masks and not ways:
+        raise ConfigError("--aerated-masks is about given masks; without any, lungs are found by their air anyway")
+    started = time.perf_counter()
+    volumes = {"exhale": read_volume(exhale), "inhale": read_volume(inhale)}
+    lungs: dict[str, LabelMap | None] = {}
+    lobes: dict[str, LabelMap | None] = {}
+    for phase, volume in volumes.items():
+        mask, lobe = files["mask"][phase], files["lobes"][phase]
+        lungs[phase] = None if mask is None else _with_sides(read_labels(mask), volume, phase)
+        lobes[phase] = None if lobe is None else read_labels(lobe)
+        if model is not None:
+            lobes[phase] = _lobes_of(volume, model, device=device)
+            say(f"{phase}: lobes by the model")
+        if (found := lobes[phase]) is not None:
+            lungs[phase] = _lungs_of(found, phase)
+    registered = register_volumes(
+        {role: volumes[phase] for phase, role in ROLES.items()},
+        {role: lungs[phase] for phase, role in ROLES.items()},
+        preset=preset,
+        device=device,
+        say=say,
+    )
+    scans = {phase: registered.scans[role] for phase, role in ROLES.items()}
+    for phase, lobe in lobes.items():
+        if lobe is not None:
+            scans[phase] = dataclasses.replace(scans[phase], lobes=resample_labels(lobe, scans[phase].geometry()))
+    u_mm = registered.registration.on_grid(scans["exhale"].geometry())
+    matched = match(scans["exhale"], scans["inhale"], u_mm, registered.jacobian()[0])
+    down: Down = "front" if prone else "back"
+    parts = breath(scans["exhale"], scans["inhale"], matched, down=down)
+    return Analysed(
+        registered=registered,
+        scans=scans,
+        parts=parts,
+        matched=matched,
+        checks=checks(volumes, scans, parts, registered.registration.trust),
+        masks="whole" if ways and not aerated_masks else "aerated",
+        down=down,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _with_sides(mask: LabelMap, volume: Volume, phase: str) -> LabelMap:
+    """1 right, 2 left, of a mask that may not tell them apart."""
+    if set(np.unique(mask.labels).tolist()) - {0} == {1, 2} or not mask.labels.any():
+        return mask
+    try:
+        sides = lung_sides(resample_labels(mask, volume.geometry) > 0, volume)
+    except LungMaskError as error:
+        raise DataError(f"--{phase}-mask: {error}; give one with 1 right and 2 left") from error
+    return LabelMap(labels=sides, geometry=volume.geometry)
+
+
+def _lobes_of(volume: Volume, model: Path, *, device: str) -> LabelMap:
+    from lungssl.segmenting import segment_with_model
+    from lungssl.training.precision import pick_device
+
+    found = segment_with_model(volume, model, device=str(pick_device(device)))
+    if found.names != LOBE_NAMES:
+        raise ConfigError(
+            f"--model labels {', '.join(found.names.values())}; analyze takes a model of lobes, "
+            f"{', '.join(LOBE_NAMES.values())}"
+        )
+    return found.mask
+
+
+def _lungs_of(lobes: LabelMap, phase: str) -> LabelMap:
+    codes = set(np.unique(lobes.labels).tolist())
+    if unknown := sorted(codes - set(LUNG_OF_LOBE)):
+        raise DataError(f"lobes of {phase}: unknown code {unknown[0]}; expected 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL")
+    table = np.array([LUNG_OF_LOBE[code] for code in range(6)], np.uint8)
+    return LabelMap(labels=table[lobes.labels], geometry=lobes.geometry)
+
+
+def write_tables(found: Analysed, json_path: Path, csv_path: Path) -> None:
+    """All figures as JSON, and as one row a part and figure."""
+    json_path.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    figures = found.figures()
+    with csv_path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["part", "of", "figure", "value"])
+        for name, part in found.parts.items():
+            held = {"exhale": part.exhale.as_dict(), "inhale": part.inhale.as_dict(), "pair": figures[name]}
+            for of, values in held.items():
+                for figure, value in values.items():
+                    writer.writerow([name, of, figure, NOT_MEASURABLE if value is None else f"{value:.6g}"])
+
+
+def write_maps(found: Analysed, folder: Path) -> None:
+    """Maps on the exhale grid, NIfTI: volume change, gain of gas, HU of the same tissue at inhale, and events."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = found.scans["exhale"].geometry()
+    for name, image in (
+        ("jacobian", found.jacobian()),
+        ("gas_gain", np.nan_to_num(found.gas_gain())),
+        ("inhale_hu", np.nan_to_num(found.matched_hu(), nan=-1024.0)),
+    ):
+        write_floats(folder / f"{name}.nii.gz", image.astype(np.float32), grid)
+    write_labels(folder / "events.nii.gz", LabelMap(labels=found.events(), geometry=grid))
+    for phase, scan in found.scans.items():
+        write_labels(folder / f"{phase}_lung.nii.gz", LabelMap(labels=scan.lung, geometry=scan.geometry()))

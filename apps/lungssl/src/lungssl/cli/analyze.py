@@ -1,0 +1,82 @@
+"""`lungssl analyze`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def analyze(
+    exhale: Annotated[Path, typer.Option(help="A volume file (.nii.gz, .mha, .nrrd, ...) or a DICOM folder.")],
+    inhale: Annotated[Path, typer.Option(help="The same patient at inhale, likewise.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Page to write, .html; .json and .csv come beside it.")
+    ],
+    exhale_mask: Annotated[
+        Path | None,
+        typer.Option(help="Lungs of --exhale, non-aerated lung included; without it they are found by air."),
+    ] = None,
+    inhale_mask: Annotated[Path | None, typer.Option(help="Lungs of --inhale.")] = None,
+    exhale_lobes: Annotated[
+        Path | None, typer.Option(help="Lobes of --exhale in place of a mask: 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL.")
+    ] = None,
+    inhale_lobes: Annotated[Path | None, typer.Option(help="Lobes of --inhale.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A run of `finetune segment`: its lobes in place of masks.")
+    ] = None,
+    aerated_masks: Annotated[
+        bool, typer.Option("--aerated-masks", help="The masks lack what isn't aerated: no recruitment is given.")
+    ] = False,
+    maps: Annotated[Path | None, typer.Option(help="Folder for maps (.nii.gz) on the exhale grid.")] = None,
+    preset: Annotated[str, typer.Option(help="Of registration: coarse, fast, default or accurate.")] = "default",
+    prone: Annotated[
+        bool, typer.Option("--prone", help="The patient lay face down: gravity pulls to the front.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Aeration, recruitment and hyperinflation of a pair: a page to read, tables, maps.
+
+    Recruitment needs masks that hold non-aerated lung; lungs that are found by their air don't, and the page says so.
+
+    Example: lungssl analyze --exhale exhale.nii.gz --inhale inhale.nii.gz -o report.html
+    """
+    from lungssl.errors import ConfigError
+
+    if output.suffix != ".html":
+        raise ConfigError(f"-o {output}: expected a name that ends with .html")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"-o {output}: name a file in a folder that exists")
+    tables = output.with_suffix(".json"), output.with_suffix(".csv")
+    for path in (output, *tables):
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path} exists; name another -o or give --overwrite")
+    if maps is not None and maps.exists() and (not maps.is_dir() or any(maps.iterdir())) and not overwrite:
+        raise ConfigError(f"--maps {maps} is in use; name a new folder or give --overwrite")
+
+    from lungssl import analyzing
+    from lungssl.reports.analysis_report import write_report
+
+    found = analyzing.analyse_files(
+        exhale,
+        inhale,
+        exhale_mask=exhale_mask,
+        inhale_mask=inhale_mask,
+        exhale_lobes=exhale_lobes,
+        inhale_lobes=inhale_lobes,
+        model=model,
+        aerated_masks=aerated_masks,
+        preset=preset,
+        prone=prone,
+        device=device,
+        say=print,
+    )
+    analyzing.write_tables(found, *tables)
+    if maps is not None:
+        analyzing.write_maps(found, maps)
+    write_report(found, output)
+    for check in found.checks:
+        if check.doubt:
+            print(f"DOUBT {check.name}: {check.doubt}")
+    print(found.headline())
+    print(f"report: {output}")

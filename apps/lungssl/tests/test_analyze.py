@@ -1,0 +1,145 @@
+"""`lungssl analyze` on a phantom's files: known recruitment, what an aerated-only mask can't tell, doubts."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lungssl.cli import main
+from lungssl.quality import cut_share, tissue_peak_hu
+from lungssl_data.pair import PhaseScan
+from lungssl_data.phantom import PhantomConfig, make_phantom, write_phantom
+from lungssl_data.readers import read_labels, write_labels
+from lungssl_data.volume import LabelMap
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort") / "JANE-DOE-1970"
+    write_phantom(make_phantom(PhantomConfig(preset="ards", seed=50, spacing_mm=3.0, trees=False)), folder)
+    return folder
+
+
+def analyze(patient: Path, output: Path, *more: object) -> int:
+    images = ["--exhale", patient / "exhale.nii.gz", "--inhale", patient / "inhale.nii.gz"]
+    return main(["analyze", *map(str, images), "-o", str(output), "--preset", "fast", *map(str, more)])
+
+
+def lobes(patient: Path) -> list[str]:
+    return [
+        "--exhale-lobes", str(patient / "exhale_lobes.nii.gz"), "--inhale-lobes", str(patient / "inhale_lobes.nii.gz")
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def analysed(patient: Path) -> Path:
+    """The page of the pair with its true lobes, and maps."""
+    page = patient.parent / "page.html"
+    assert analyze(patient, page, *lobes(patient), "--maps", patient.parent / "maps") == 0
+    return page
+
+
+def test_recruitment_of_a_phantom_with_noise(patient: Path, analysed: Path) -> None:
+    truth = json.loads((patient / "phantom.json").read_text())["truth"]
+    found = json.loads(analysed.with_suffix(".json").read_text())
+    lungs = found["parts"]["lungs"]["pair"]
+    assert truth["unmatched_recruited_percent"] > 10
+    assert lungs["net_recruited_percent"] == pytest.approx(truth["unmatched_recruited_percent"], abs=2.0)
+    assert lungs["tidal_volume_ml"] == pytest.approx(truth["tidal_volume_ml"], rel=0.05)
+    assert lungs["recruited_g"] == pytest.approx(truth["recruited_g"], rel=0.2)
+    assert "Net recruitment" in found["headline"] and found["research_use_only"]
+    assert set(found["parts"]) >= {"lungs", "right", "left", "RUL", "LLL", "gravity_01", "gravity_10"}
+    with analysed.with_suffix(".csv").open() as file:
+        rows = {(row["part"], row["of"], row["figure"]): row["value"] for row in csv.DictReader(file)}
+    assert float(rows["lungs", "pair", "net_recruited_percent"]) == pytest.approx(
+        lungs["net_recruited_percent"], rel=1e-5
+    )
+
+
+def test_the_page_needs_no_other_file_and_names_nobody(analysed: Path) -> None:
+    page = analysed.read_text()
+    assert len(page) < 15e6 and "http" not in page and "src=" in page
+    assert "Research use only" in page and "Net recruitment" in page and "not measurable" not in page
+    for path in analysed.parent.glob("page.*"):
+        assert "JANE-DOE" not in path.read_text(), path.name
+
+
+def test_maps_show_where_tissue_opened(patient: Path, analysed: Path) -> None:
+    maps = analysed.parent / "maps"
+    events = read_labels(maps / "events.nii.gz")
+    lung = read_labels(maps / "exhale_lung.nii.gz")
+    assert events.geometry.same_grid(lung.geometry)
+    recruited = events.labels == 1
+    assert recruited.sum() > 100 and not (recruited & (lung.labels == 0)).any()
+    back = np.argwhere(recruited)[:, 1].mean() - np.argwhere(lung.labels > 0)[:, 1].mean()
+    assert back > 0  # collapse, and what opens of it, lies in the back
+    assert {path.name for path in maps.iterdir()} == {
+        "jacobian.nii.gz", "gas_gain.nii.gz", "inhale_hu.nii.gz", "events.nii.gz", "exhale_lung.nii.gz",
+        "inhale_lung.nii.gz",
+    }  # fmt: skip
+
+
+def test_a_mask_of_aerated_lung_only_gives_no_recruitment(
+    patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyze(patient, tmp_path / "page.html") == 0
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert found["masks"] == "aerated"
+    for name in ("net_recruited_g", "net_recruited_percent", "recruited_g", "recruited_gas_ml"):
+        assert found["parts"]["lungs"]["pair"][name] is None
+    assert found["parts"]["lungs"]["pair"]["tidal_volume_ml"] > 100
+    assert "not measurable: aerated-only mask" in capsys.readouterr().out
+    assert "not measurable: aerated-only mask" in (tmp_path / "page.html").read_text()
+    assert "not measurable: aerated-only mask" in (tmp_path / "page.csv").read_text()
+
+
+def test_swapped_phases_and_cut_lungs_are_doubted(
+    patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    for name, other in (("exhale", "inhale"), ("inhale", "exhale")):
+        for kind in ("", "_lobes"):
+            (swapped / f"{name}{kind}.nii.gz").symlink_to(patient / f"{other}{kind}.nii.gz")
+    assert analyze(swapped, tmp_path / "page.html", *lobes(swapped)) == 0
+    assert "are the scans swapped?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--aerated-masks"], "about given masks"),
+        (["--exhale-mask", "x.nii.gz"], "--exhale-mask and --inhale-mask belong together"),
+        (["--preset", "fats"], "did you mean 'fast'"),
+        (["--model", "m", "--exhale-lobes", "a", "--inhale-lobes", "b"], "exclude each other"),
+    ],
+)
+def test_options_that_do_not_fit(
+    patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    assert analyze(patient, tmp_path / "page.html", *more) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_lobes_in_other_codes_are_refused(patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = read_labels(patient / "exhale_lobes.nii.gz")
+    write_labels(tmp_path / "lobes.nii.gz", LabelMap(labels=given.labels * np.uint8(10), geometry=given.geometry))
+    other = ["--exhale-lobes", tmp_path / "lobes.nii.gz", "--inhale-lobes", patient / "inhale_lobes.nii.gz"]
+    assert analyze(patient, tmp_path / "page.html", *other) == 3
+    assert "expected 1 RUL" in capsys.readouterr().err
+
+
+def test_the_share_of_surface_that_a_scan_cuts() -> None:
+    lung = np.zeros((6, 6, 6), np.uint8)
+    lung[0:4, 2:4, 2:4] = 1
+    scan = PhaseScan(
+        ct_hu=np.where(lung, -800, 45).astype(np.int16),
+        valid=np.ones_like(lung),
+        lung=lung,
+        spacing_mm=(2.0, 2.0, 2.0),
+        origin_mm=(0.0, 0.0, 0.0),
+    )
+    assert cut_share(scan) == pytest.approx(4 / (4 * 8 + 2 * 4))  # one end of a prism of 2 x 2 x 4 voxels
+    assert tissue_peak_hu(scan) == pytest.approx(45, abs=6)
