@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from bench_registration import DATA, OPEN, Case, load
 from lungssl.cohort import builtin_cohort
-from lungssl.comparison.plan import load_plan
+from lungssl.comparison.plan import load_plan, pretrain_runs
 from lungssl.registering import encoder_features
 from lungssl.registration_scoring import truths
 from lungssl_backbones.encoder import Encoder
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=None)
     options = parser.parse_args()
     found = dict(encoders(options.runs, options.methods.split(","), options.seeds.split(",")))
+    windows_mm = {run.arm: run.window_vox * ENCODER_MM for run in pretrain_runs(load_plan("methods", []), "")}
     path = HERE / "results" / "frozen_features.json"
     rows = (
         {(r["method"], r["seed"], r["pair"]): r for r in json.loads(path.read_text())["rows"]} if path.is_file() else {}
@@ -70,7 +71,7 @@ def main() -> None:
     for subject in subjects(options.patients):
         for (method, seed), weights in {("mind", ""): None, ("raw", ""): None, **found}.items():
             row = {"group": subject.group, "pair": subject.name, "method": method, "seed": seed}
-            row |= measured(subject, method, weights)
+            row |= measured(subject, method, weights, windows_mm.get(method))
             rows[method, seed, subject.name] = row | {"commit": commit()}
             print(json.dumps(row), file=sys.stderr, flush=True)
         lines = ",\n".join(json.dumps(one) for one in rows.values())
@@ -112,16 +113,16 @@ def subject(group: str, name: str, case: Case, seen: dict[str, PhaseScan]) -> Su
     return Subject(group=group, name=name, case=case, affine=affine, seen=seen)
 
 
-def measured(subject: Subject, method: str, weights: Path | None) -> dict[str, Any]:
+def measured(subject: Subject, method: str, weights: Path | None, window_mm: float | None) -> dict[str, Any]:
     """Mean TRE of the affine, of features alone and beside MIND-SSC, and after descent; seconds of the search alone."""
     case = subject.case
     features: Features | None = None
     if method == "raw":
         features = raw(subject.seen)
-    elif weights is not None:
+    elif weights is not None and window_mm is not None:
         encoder = load_encoder(weights)
         assert isinstance(encoder, Encoder)
-        features = encoder_features(encoder, subject.seen)
+        features = encoder_features(encoder, subject.seen, window_mm=window_mm)
     there = case.points_mm @ subject.affine[:, :3].T + subject.affine[:, 3]
     row = {"affine_mm": round(landmark_errors(there, case.true_mm, case.points_mm).mean_mm, 3)}
     beside = {} if features is None else {"beside_mm": (PRESETS["coarse"], 0.5)}

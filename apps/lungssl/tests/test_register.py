@@ -131,6 +131,13 @@ def test_a_coarser_field_has_voxels_of_the_image(scans: Path, tmp_path: Path) ->
     assert registering.coarser(grid, None) is grid
 
 
+def test_windows_are_as_large_as_the_views_of_the_run(tmp_path: Path) -> None:
+    encoder = create_backbone("resenc_tiny", spacing_mm=4.0)
+    (tmp_path / "config.yaml").write_text("views: {global_vox: 24}\n")
+    assert registering.window_mm_of(tmp_path, encoder) == 96.0
+    assert registering.window_mm_of(tmp_path / "encoder.safetensors", encoder) == registering.WINDOW_MM
+
+
 def test_an_encoders_features_take_part_in_the_search(scans: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_encoder(create_backbone("resenc_tiny", spacing_mm=8.0), tmp_path / "encoder.safetensors")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
+import yaml
 from jaxtyping import Bool, Float, Float32
 from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder
@@ -39,7 +40,7 @@ from lungssl.training.precision import pick_device
 ENCODER_SHARE = 0.5
 """Of the search's cost, what an encoder's features have beside MIND-SSC, unless it is said. Not tuned."""
 WINDOW_MM = 192.0
-"""Side of the windows that an encoder sees, as plan `phases` trains and judges them."""
+"""Side of the windows that an encoder sees, as plan `phases` trains and judges them, where its run isn't known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ def register_volumes(
     if network is not None:
         start = network_start(network, seen)
     elif backbone is not None:
-        features = encoder_features(backbone, seen)
+        features = encoder_features(backbone, seen, window_mm=window_mm_of(encoder, backbone))
         config = searched_by(config, encoder_share)
     try:
         found = register(
@@ -272,13 +273,27 @@ def network_start(network: RegistrationModel, scans: Mapping[str, PhaseScan]) ->
     return lambda affine: predict(network, scans["fixed"], scans["moving"], affine)
 
 
+def window_mm_of(source: Path | None, encoder: nn.Module) -> float:
+    """Side of the views that a pretraining run trained its encoder on: attention is at home, and quick, in no others.
+    WINDOW_MM for weights without a run.
+    """
+    assert isinstance(encoder, Encoder)
+    recipe = None if source is None or not source.is_dir() else source / "config.yaml"
+    if recipe is None or not recipe.is_file():
+        return WINDOW_MM
+    views = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("views") or {}
+    return views["global_vox"] * encoder.spacing_mm if "global_vox" in views else WINDOW_MM
+
+
 def encoder_features(
-    encoder: nn.Module, scans: Mapping[str, PhaseScan]
+    encoder: nn.Module, scans: Mapping[str, PhaseScan], *, window_mm: float = WINDOW_MM
 ) -> Callable[[str, Float[ndarray, "n 3"]], Float[torch.Tensor, "n c"]]:
-    """Frozen features of each scan at points, LPS mm; points beyond a scan's voxels take those of its border."""
+    """Frozen features of each scan at points, LPS mm, seen through windows of about `window_mm`; points beyond a scan's
+    voxels take those of its border.
+    """
     assert isinstance(encoder, Encoder)
     stride = encoder.token_stride_vox
-    side_vox = max(1, round(WINDOW_MM / encoder.spacing_mm / stride)) * stride
+    side_vox = max(1, round(window_mm / encoder.spacing_mm / stride)) * stride
 
     def features(role: str, points_mm: Float[ndarray, "n 3"]) -> Float[torch.Tensor, "n c"]:
         scan = scans[role]

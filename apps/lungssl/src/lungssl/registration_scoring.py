@@ -23,7 +23,7 @@ from lungssl.comparison.landmarks import points_of
 from lungssl.errors import DataError
 from lungssl.finetuning import encoder_file
 from lungssl.pretraining import check_spacing
-from lungssl.registering import ENCODER_SHARE, encoder_features, network_start, searched_by
+from lungssl.registering import ENCODER_SHARE, encoder_features, network_start, searched_by, window_mm_of
 from lungssl.segmenting import model_folder
 
 
@@ -81,6 +81,7 @@ def score_registrations(
         assert isinstance(used, Encoder)
         check_spacing("the encoder", used.spacing_mm, cache)
     config = PRESETS[preset] if weights is None else searched_by(PRESETS[preset], encoder_share)
+    window_mm = 0.0 if weights is None else window_mm_of(encoder, weights)
     scores = []
     for patient in patients:
         pair = cache[patient]
@@ -93,7 +94,7 @@ def score_registrations(
             scans["fixed"],
             scans["moving"],
             config,
-            features=None if weights is None else encoder_features(weights, scans),
+            features=None if weights is None else encoder_features(weights, scans, window_mm=window_mm),
             start=None if network is None else network_start(network, scans),
             device=device,
         )
