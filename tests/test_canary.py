@@ -1,5 +1,6 @@
 """No text of a header leaves for the cache, its report, the screen or an error: planted canaries are looked for."""
 
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from lungssl import registering
 from lungssl_data.layouts.copies import write_copy
 from lungssl_data.phantom import PhantomConfig, make_phantom
+from lungssl_tasks.registration import RegistrationConfig
+from lungssl_tasks.registration.descent import DescentConfig
 
 Run = Callable[..., tuple[int, str, str]]
 CANARY = "KanaryZw4"
@@ -69,6 +73,26 @@ def test_dicom_tags_leave_no_trace(tmp_path: Path, lungssl: Run) -> None:
     assert CANARY not in (out + err).replace(f"pacs {CANARY}", "")
     code, out, _ = lungssl("cache", "info", tmp_path / "cache")
     assert code == 0 and "exhale" in out and "inhale" in out and CANARY not in out
+
+
+def test_an_analysis_of_dicom_names_nobody(tmp_path: Path, lungssl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = RegistrationConfig(spacing_mm=8.0, descent=DescentConfig(levels=()))
+    monkeypatch.setitem(registering.PRESETS, "fast", coarse)
+    write_copy("dicom", tmp_path / "pacs", [make_phantom(PhantomConfig(preset="deep", seed=0, spacing_mm=8.0))])
+    for path in (tmp_path / "pacs").rglob("*.dcm"):
+        _plant_in_dicom(path)
+    raw = (tmp_path / "pacs").rename(tmp_path / f"pacs {CANARY}")
+    series = {"exhale" if "SER0" in str(path) else "inhale": path.parent for path in sorted(raw.rglob("*.dcm"))}
+    files = [word for phase, folder in series.items() for word in (f"--{phase}", folder)]
+    maps, page = tmp_path / "out" / "maps", tmp_path / "out" / "page.html"
+    page.parent.mkdir()
+    code, out, err = lungssl("analyze", *files, "-o", page, "--maps", maps, "--preset", "fast")
+    assert code == 0, err
+    assert len(list(maps.iterdir())) == 6 and not _leaks(tmp_path / "out") and CANARY not in out + err
+    for path in maps.iterdir():  # compressed
+        assert CANARY.encode() not in gzip.decompress(path.read_bytes())
+    code, out, err = lungssl("analyze", "--exhale", raw, "--inhale", raw / "gone", "-o", tmp_path / "out" / "2.html")
+    assert code == 3 and CANARY not in (out + err).replace(raw.name, "")
 
 
 def test_texts_of_other_formats_and_of_damaged_files_leave_no_trace(tmp_path: Path, lungssl: Run) -> None:
