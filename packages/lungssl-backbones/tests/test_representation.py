@@ -3,13 +3,18 @@ import math
 import pytest
 import torch
 from lungssl_backbones.representation import (
+    alignment,
     effective_rank,
+    knn_labels,
     landmark_error_mm,
+    lidar,
+    linear_cka,
     off_diagonal_cosine,
     paired_retrieval,
     pca_colours,
     phase_auc,
     rankme,
+    uniformity,
 )
 
 
@@ -130,3 +135,45 @@ def test_the_phase_is_found_where_it_is_written_and_nowhere_else() -> None:
     assert abs(sum(aucs) / 20 - 0.5) < 0.08
     with pytest.raises(ValueError, match="needs scans of both phases, got 0 inhale and 60 exhale"):
         phase_auc(noise, torch.zeros(60, dtype=torch.bool), patient)
+
+
+def test_linear_cka_ignores_rotation_and_scale_and_equals_the_kernels_form() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 6)
+    turned, _ = torch.linalg.qr(torch.randn(6, 6))
+    assert linear_cka(x, 3 * x @ turned + 5) == pytest.approx(1, abs=1e-6)
+    y = torch.randn(40, 9)
+    centre = torch.eye(40) - 1 / 40
+    k, m = (centre @ (v @ v.T) @ centre for v in (x, y))
+    assert linear_cka(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())), rel=1e-4)
+    assert math.isnan(linear_cka(x, torch.ones(40, 2)))
+
+
+def test_lidar_counts_the_directions_that_tell_patients_apart() -> None:
+    torch.manual_seed(1)
+    patients = torch.zeros(200, 12)
+    patients[:, :4] = 10 * torch.randn(200, 4)
+    views = patients[:, None] + 0.1 * torch.randn(200, 6, 12)
+    assert lidar(views) == pytest.approx(4, rel=0.05)
+    assert lidar(0.1 * torch.randn(200, 6, 12)) == pytest.approx(12, rel=0.1)  # nothing tells them apart: noise spreads
+    assert lidar(torch.ones(3, 2, 4)) == 0
+    with pytest.raises(ValueError, match="2 patients with 2 views"):
+        lidar(torch.ones(3, 1, 4))
+
+
+def test_nearest_neighbours_vote_by_cosine() -> None:
+    known = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    queries = torch.tensor([[5.0, 0.2], [0.1, 0.3], [-2.0, 0.1]])
+    assert knn_labels(queries, known, labels, k=3).tolist() == [0, 1, 2]  # the last: one near against two far
+    assert knn_labels(queries, known, labels, k=1).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="1 to the 5 known"):
+        knn_labels(queries, known, labels)
+
+
+def test_alignment_and_uniformity_of_known_points() -> None:
+    corners = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, -1.0]])
+    assert alignment(corners, 7 * corners) == 0 and alignment(corners, -corners) == 4
+    # of six pairs four are sqrt(2) apart and two 2
+    assert uniformity(corners) == pytest.approx(math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6), rel=1e-9)
+    assert uniformity(torch.ones(3, 5)) == pytest.approx(0, abs=1e-9)

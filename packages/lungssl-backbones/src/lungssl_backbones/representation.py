@@ -1,6 +1,6 @@
 """Figures that judge features without labels. Pure functions of tensors; all computed in float64.
 
-Axes: n samples, d embedding, q queries, c candidates.
+Axes: n samples, d embedding, q queries, c candidates, p patients, v views.
 """
 
 from dataclasses import dataclass
@@ -104,6 +104,77 @@ def phase_scores(
         target = y[~out] - y[~out].mean()
         scores[out] = x[out] @ (x[~out].T @ torch.linalg.solve(kernel, target))
     return scores
+
+
+def linear_cka(first: Float[Tensor, "n d"], second: Float[Tensor, "n e"]) -> float:
+    """How alike two encoders' features of the same samples are, whatever their rotation and scale: 0 to 1.
+
+    ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred features, Frobenius norms. Kornblith et al. 2019,
+    https://arxiv.org/abs/1905.00414. NaN where one of them is constant. It tends to 1 where n is below d: give more
+    samples than dimensions.
+    """
+    x, y = (values.double() - values.double().mean(dim=0) for values in (first, second))
+    return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def lidar(features: Float[Tensor, "p v d"], *, delta: float = 1e-4) -> float:
+    """LiDAR: the effective rank of what tells p patients apart, beside how their v views or phases differ.
+
+    exp(-Σ p log p) over the eigenvalues of S_w^-1/2 S_b S_w^-1/2, S_b the covariance of the patients' means and S_w
+    that of the views about them plus `delta` I. Thilak et al. 2023, https://arxiv.org/abs/2312.04000; `delta` as there.
+    At most min(p - 1, d). Raises ValueError for fewer than 2 patients or views.
+    """
+    patients, views, width = features.shape
+    if patients < 2 or views < 2:
+        raise ValueError(f"lidar needs 2 patients with 2 views each, got {patients} and {views}")
+    x = features.double()
+    means = x.mean(dim=1)
+    within = (x - means[:, None]).flatten(0, 1)
+    between = means - means.mean(dim=0)
+    s_w = within.T @ within / (patients * (views - 1)) + delta * torch.eye(width, dtype=torch.float64)
+    s_b = between.T @ between / (patients - 1)
+    values, vectors = torch.linalg.eigh(s_w)
+    root = vectors / values.sqrt() @ vectors.T
+    spread = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0.0)
+    return _exp_entropy(spread, 0.0) if spread.sum() > 0 else 0.0
+
+
+def knn_labels(
+    queries: Float[Tensor, "q d"],
+    known: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Int64[Tensor, " q"]:
+    """Label of each query by its k nearest known samples, each voting with exp(cosine / temperature).
+
+    Wu et al. 2018, https://arxiv.org/abs/1805.01978; k and temperature as in DINO's evaluation (Caron et al. 2021).
+    Raises ValueError where fewer than k samples are known.
+    """
+    if not 1 <= k <= len(known):
+        raise ValueError(f"k must be 1 to the {len(known)} known samples, got {k}")
+    cosine, nearest = (_unit(queries) @ _unit(known).T).topk(k, dim=1)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1, dtype=torch.float64)
+    votes.scatter_add_(1, labels[nearest], ((cosine - 1.0) / temperature).exp())  # the largest is 1: no overflow
+    return votes.argmax(dim=1)
+
+
+def alignment(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> float:
+    """Mean squared distance of unit features that should agree; row i of both is one sample. 0 to 4.
+
+    Wang & Isola 2020, https://arxiv.org/abs/2005.10242.
+    """
+    return float((_unit(first) - _unit(second)).square().sum(dim=1).mean())
+
+
+def uniformity(features: Float[Tensor, "n d"]) -> float:
+    """Logarithm of the mean of exp(-2 squared distance) over pairs of different unit features: 0 where all are one.
+
+    Wang & Isola 2020, as `alignment`. NaN for a single row.
+    """
+    distance = torch.pdist(_unit(features))
+    return float((-2.0 * distance.square()).exp().mean().log())
 
 
 def landmark_error_mm(
