@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lungssl import analyzing
 from lungssl.cli import main
 from lungssl.quality import cut_share, tissue_peak_hu
 from lungssl_data.pair import PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom, write_phantom
-from lungssl_data.readers import read_labels, write_labels
+from lungssl_data.readers import read_labels, read_volume, write_labels
 from lungssl_data.volume import LabelMap
 
 
@@ -67,17 +68,14 @@ def test_the_page_needs_no_other_file_and_names_nobody(analysed: Path) -> None:
 
 def test_maps_show_where_tissue_opened(patient: Path, analysed: Path) -> None:
     maps = analysed.parent / "maps"
-    events = read_labels(maps / "events.nii.gz")
-    lung = read_labels(maps / "exhale_lung.nii.gz")
+    events = read_labels(maps / "map_events.nii.gz")
+    lung = read_labels(maps / "map_lung.nii.gz")
     assert events.geometry.same_grid(lung.geometry)
     recruited = events.labels == 1
     assert recruited.sum() > 100 and not (recruited & (lung.labels == 0)).any()
     back = np.argwhere(recruited)[:, 1].mean() - np.argwhere(lung.labels > 0)[:, 1].mean()
     assert back > 0  # collapse, and what opens of it, lies in the back
-    assert {path.name for path in maps.iterdir()} == {
-        "jacobian.nii.gz", "gas_gain.nii.gz", "inhale_hu.nii.gz", "events.nii.gz", "exhale_lung.nii.gz",
-        "inhale_lung.nii.gz",
-    }  # fmt: skip
+    assert {path.name for path in maps.iterdir()} == set(analyzing.MAPS)
 
 
 def test_a_mask_of_aerated_lung_only_gives_no_recruitment(
@@ -86,17 +84,70 @@ def test_a_mask_of_aerated_lung_only_gives_no_recruitment(
     assert analyze(patient, tmp_path / "page.html") == 0
     found = json.loads((tmp_path / "page.json").read_text())
     assert found["masks"] == "aerated"
-    for name in ("net_recruited_g", "net_recruited_percent", "recruited_g", "recruited_gas_ml"):
+    for name in ("net_recruited_g", "net_recruited_percent", "recruited_g", "recruited_gas_ml", "exhale_mass_g"):
         assert found["parts"]["lungs"]["pair"][name] is None
+    for name in ("non_g", "non_ml", "non_mass_percent", "mass_g", "poor_mass_percent"):
+        assert found["parts"]["lungs"]["exhale"][name] is None  # or recruitment would be one subtraction away
     assert found["parts"]["lungs"]["pair"]["tidal_volume_ml"] > 100
     assert "not measurable: aerated-only mask" in capsys.readouterr().out
     assert "not measurable: aerated-only mask" in (tmp_path / "page.html").read_text()
     assert "not measurable: aerated-only mask" in (tmp_path / "page.csv").read_text()
 
 
-def test_swapped_phases_and_cut_lungs_are_doubted(
+def test_masks_made_by_a_threshold_are_doubted(
     patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    masks = []
+    for phase in ("exhale", "inhale"):
+        ct, lung = read_volume(patient / f"{phase}.nii.gz"), read_labels(patient / f"{phase}_lung.nii.gz")
+        aerated = np.where(ct.hu < -300, lung.labels, np.uint8(0))
+        write_labels(tmp_path / f"{phase}.nii.gz", LabelMap(labels=aerated, geometry=lung.geometry))
+        masks += [f"--{phase}-mask", str(tmp_path / f"{phase}.nii.gz")]
+    assert analyze(patient, tmp_path / "page.html", *masks) == 0
+    assert "recruitment can't be told from it" in capsys.readouterr().out
+
+
+def test_figures_of_a_scan_do_not_hang_on_what_it_is_registered_at(tmp_path: Path) -> None:
+    """Cubes of 3 mm blur the lung's edge with the chest wall; the scan's own voxels of 2 mm don't."""
+    phantom = make_phantom(PhantomConfig(preset="deep", seed=2, spacing_mm=2.0, trees=False, noise_hu=0.0))
+    write_phantom(phantom, tmp_path / "p")
+    assert analyze(tmp_path / "p", tmp_path / "page.html", *lobes(tmp_path / "p")) == 0
+    found = json.loads((tmp_path / "page.json").read_text())["parts"]["lungs"]
+    truth = phantom.truth.figures
+    for phase in ("exhale", "inhale"):
+        assert found[phase]["mass_g"] == pytest.approx(truth[f"{phase}_mass_g"], rel=0.03)
+        assert found[phase]["poor_mass_percent"] == pytest.approx(truth[f"{phase}_poor_mass_percent"], abs=1.5)
+
+
+def test_a_lone_left_lung_is_left_and_different_lungs_are_refused(
+    patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = []
+    for phase in ("exhale", "inhale"):
+        lung = read_labels(patient / f"{phase}_lung.nii.gz")
+        alone = np.where(lung.labels == 2, np.uint8(1), np.uint8(0))  # as of one lung, without saying which
+        write_labels(tmp_path / f"{phase}.nii.gz", LabelMap(labels=alone, geometry=lung.geometry))
+        left += [f"--{phase}-mask", str(tmp_path / f"{phase}.nii.gz")]
+    assert analyze(patient, tmp_path / "page.html", *left) == 0
+    parts = json.loads((tmp_path / "page.json").read_text())["parts"]
+    assert "left" in parts and "right" not in parts
+    both = ["--exhale-mask", str(patient / "exhale_lung.nii.gz"), *left[2:]]
+    assert analyze(patient, tmp_path / "2.html", *both) == 3
+    assert "exhale shows the right and left lung, inhale the left" in capsys.readouterr().err
+
+
+def test_an_input_is_not_written_over(patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for phase in ("exhale", "inhale"):
+        held = patient / f"{phase}_lung.nii.gz"
+        name = "map_lung.nii.gz" if phase == "exhale" else "inhale.nii.gz"
+        (tmp_path / name).write_bytes(held.read_bytes())
+        files += [f"--{phase}-mask", tmp_path / name]
+    assert analyze(patient, tmp_path / "page.html", *files, "--maps", tmp_path, "--overwrite") == 2
+    assert "would be written over" in capsys.readouterr().err
+
+
+def test_swapped_phases_are_doubted(patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swapped = tmp_path / "swapped"
     swapped.mkdir()
     for name, other in (("exhale", "inhale"), ("inhale", "exhale")):

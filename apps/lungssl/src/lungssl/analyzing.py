@@ -13,24 +13,29 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from lungssl_data.lung_mask import LungMaskError, lung_sides
 from lungssl_data.pair import PhaseScan
+from lungssl_data.prepare import PrepareConfig, prepare_scan
 from lungssl_data.readers import read_labels, read_volume, write_floats, write_labels
 from lungssl_data.resample import resample_labels
 from lungssl_data.volume import LabelMap, Volume
-from lungssl_tasks.aeration import Matched, Part, breath, match
+from lungssl_tasks.aeration import Matched, Part, breath, match, of_scan, of_volume
 from lungssl_tasks.aeration.change import HYPER_HU, NON_HU, corrected_ventilation
 from lungssl_tasks.aeration.parts import LOBE_NAMES, Down
-from lungssl_tasks.aeration.precision import below_detectable
+from lungssl_tasks.aeration.precision import RECRUITMENT, below_detectable
 from numpy import ndarray
 
 from lungssl.errors import ConfigError, DataError
 from lungssl.quality import Check, checks
-from lungssl.registering import Registered, register_volumes
+from lungssl.registering import Registered, preset_config, register_volumes
 
+SIDES = {1: "right", 2: "left"}
+PADDED_HU = -3024
+"""What scanners fill corners with: `prepare_scan` never mixes it into its neighbours."""
 LUNG_OF_LOBE = {0: 0, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
 MaskKind = Literal["aerated", "whole"]
 """Of what the lung masks hold: the air-filled lung alone, or also what isn't aerated."""
 NOT_MEASURABLE = "not measurable: aerated-only mask"
 ROLES = {"exhale": "fixed", "inhale": "moving"}
+MAPS = tuple(f"map_{name}.nii.gz" for name in ("jacobian", "gas_gain", "inhale_hu", "events", "lung"))
 EVENTS = {1: "recruited", 2: "derecruited", 3: "hyperinflated"}
 """Codes of the map of what became of tissue."""
 
@@ -41,7 +46,8 @@ class Analysed:
 
     registered: Registered
     scans: Mapping[str, PhaseScan]
-    """`exhale` and `inhale`, the cubes that figures are counted on."""
+    """`exhale` and `inhale`, cubes that hold the lungs alone: what tissue is looked up on. `parts` are counted on the
+    scans' own voxels."""
     parts: Mapping[str, Part]
     matched: Matched
     checks: list[Check]
@@ -58,7 +64,8 @@ class Analysed:
         recruited = self.figures()["lungs"]["net_recruited_percent"]
         grams = self.figures()["lungs"]["net_recruited_g"]
         if recruited is None or grams is None:
-            return f"Recruitment from exhale to inhale: {NOT_MEASURABLE}"
+            why = NOT_MEASURABLE if self.masks == "aerated" else "not measurable: no lung mass"
+            return f"Recruitment from exhale to inhale: {why}"
         said = f"Net recruitment from exhale to inhale: {recruited:.1f} % of lung mass ({grams:.0f} g)"
         return f"{said}, below detectable change" if below_detectable(recruited) else said
 
@@ -92,21 +99,23 @@ class Analysed:
         return image
 
     def as_dict(self) -> dict[str, object]:
-        """For a program: no file names, nothing of the patient."""
+        """For a program: no file names, nothing of the patient. None for what can't be told."""
+        whole, figures = self.masks == "whole", self.figures()
         return {
             "research_use_only": True,
             "headline": self.headline(),
             "masks": self.masks,
             "not_measurable": NOT_MEASURABLE if self.masks == "aerated" else None,
             "gravity_pulls_to": self.down,
-            "voxel_mm": self.scans["exhale"].spacing_mm[0],
+            "registered_voxel_mm": self.scans["exhale"].spacing_mm[0],
+            "smallest_real_difference_percent": dataclasses.asdict(RECRUITMENT["machine"]),
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "registration": self.registered.summary(),
             "parts": {
                 name: {
-                    "exhale": held.exhale.as_dict(),
-                    "inhale": held.inhale.as_dict(),
-                    "pair": self.figures()[name],
+                    "exhale": held.exhale.as_dict(non_aerated=whole),
+                    "inhale": held.inhale.as_dict(non_aerated=whole),
+                    "pair": figures[name],
                 }
                 for name, held in self.parts.items()
             },
@@ -148,52 +157,94 @@ def analyse_files(
         raise ConfigError(f"{' and '.join(ways)} exclude each other: each says where the lungs are")
     if aerated_masks and not ways:
         raise ConfigError("--aerated-masks is about given masks; without any, lungs are found by their air anyway")
+    preset_config(preset)
     started = time.perf_counter()
     volumes = {"exhale": read_volume(exhale), "inhale": read_volume(inhale)}
-    lungs: dict[str, LabelMap | None] = {}
+    lungs: dict[str, LabelMap] = {}
     lobes: dict[str, LabelMap | None] = {}
     for phase, volume in volumes.items():
         mask, lobe = files["mask"][phase], files["lobes"][phase]
-        lungs[phase] = None if mask is None else _with_sides(read_labels(mask), volume, phase)
-        lobes[phase] = None if lobe is None else read_labels(lobe)
+        lobes[phase] = None if lobe is None else _on_grid(read_labels(lobe), volume, f"--{phase}-lobes")
         if model is not None:
             lobes[phase] = _lobes_of(volume, model, device=device)
-            say(f"{phase}: lobes by the model")
         if (found := lobes[phase]) is not None:
             lungs[phase] = _lungs_of(found, phase)
+        elif mask is not None:
+            lungs[phase] = _with_sides(_on_grid(read_labels(mask), volume, f"--{phase}-mask"), volume, phase)
+        else:
+            lungs[phase] = _found(volume, phase)
+        say(f"{phase}: lungs after {time.perf_counter() - started:.1f} s")
+    _check_same_lungs(lungs)
     registered = register_volumes(
         {role: volumes[phase] for phase, role in ROLES.items()},
         {role: lungs[phase] for phase, role in ROLES.items()},
         preset=preset,
+        sided=True,
         device=device,
-        say=say,
+        say=lambda line: say(line.replace("fixed:", "exhale:").replace("moving:", "inhale:")),
     )
-    scans = {phase: registered.scans[role] for phase, role in ROLES.items()}
-    for phase, lobe in lobes.items():
-        if lobe is not None:
-            scans[phase] = dataclasses.replace(scans[phase], lobes=resample_labels(lobe, scans[phase].geometry()))
+    scans = {phase: _lung_alone(volumes[phase], lungs[phase], lobes[phase], preset) for phase in ROLES}
     u_mm = registered.registration.on_grid(scans["exhale"].geometry())
     matched = match(scans["exhale"], scans["inhale"], u_mm, registered.jacobian()[0])
     down: Down = "front" if prone else "back"
-    parts = breath(scans["exhale"], scans["inhale"], matched, down=down)
+    voxels = {phase: of_volume(volumes[phase], lungs[phase], lobes[phase]) for phase in ROLES}
+    parts = breath(voxels["exhale"], voxels["inhale"], matched, matched_voxels=of_scan(scans["exhale"]), down=down)
+    masks: MaskKind = "whole" if ways and not aerated_masks else "aerated"
     return Analysed(
         registered=registered,
         scans=scans,
         parts=parts,
         matched=matched,
-        checks=checks(volumes, scans, parts, registered.registration.trust),
-        masks="whole" if ways and not aerated_masks else "aerated",
+        checks=checks(volumes, registered, voxels, parts, whole=masks == "whole"),
+        masks=masks,
         down=down,
         seconds=time.perf_counter() - started,
     )
 
 
+def _lung_alone(volume: Volume, lung: LabelMap, lobes: LabelMap | None, preset: str) -> PhaseScan:
+    """The cubes that tissue is looked up on, made from what is in the lung alone: the grid that was registered on."""
+    inside = Volume(hu=np.where(lung.labels > 0, volume.hu, np.int16(PADDED_HU)), geometry=volume.geometry)
+    config = PrepareConfig(spacing_mm=preset_config(preset).spacing_mm)
+    return prepare_scan(inside, config=config, lung=lung, lobes=lobes)
+
+
+def _on_grid(mask: LabelMap, volume: Volume, option: str) -> LabelMap:
+    """On the volume's grid; DataError for a mask that is empty, or of another scan."""
+    if not mask.labels.any():
+        raise DataError(f"{option} is empty; give a mask of the lungs, or leave it out to have one made")
+    labels = resample_labels(mask, volume.geometry)
+    if not labels.any():
+        raise DataError(f"{option} doesn't lie within the scan; is it of another one?")
+    return LabelMap(labels=labels, geometry=volume.geometry)
+
+
+def _found(volume: Volume, phase: str) -> LabelMap:
+    from lungssl.segmenting import segment_lungs
+
+    try:
+        return segment_lungs(volume).mask
+    except LungMaskError as error:
+        raise DataError(f"--{phase}: {error}; give --{phase}-mask") from error
+
+
+def _check_same_lungs(lungs: Mapping[str, LabelMap]) -> None:
+    """DataError where one scan lacks a lung that the other has: their figures would compare different tissue."""
+    sides = {phase: set(np.unique(mask.labels).tolist()) - {0} for phase, mask in lungs.items()}
+    if sides["exhale"] != sides["inhale"]:
+        said = {phase: " and ".join(SIDES[side] for side in sorted(held)) for phase, held in sides.items()}
+        raise DataError(
+            f"exhale shows the {said['exhale']} lung, inhale the {said['inhale']}: give masks of the same lungs "
+            f"(--exhale-mask, --inhale-mask); lungs without air aren't found by it"
+        )
+
+
 def _with_sides(mask: LabelMap, volume: Volume, phase: str) -> LabelMap:
     """1 right, 2 left, of a mask that may not tell them apart."""
-    if set(np.unique(mask.labels).tolist()) - {0} == {1, 2} or not mask.labels.any():
+    if set(np.unique(mask.labels).tolist()) - {0} == {1, 2}:
         return mask
     try:
-        sides = lung_sides(resample_labels(mask, volume.geometry) > 0, volume)
+        sides = lung_sides(mask.labels > 0, volume)
     except LungMaskError as error:
         raise DataError(f"--{phase}-mask: {error}; give one with 1 right and 2 left") from error
     return LabelMap(labels=sides, geometry=volume.geometry)
@@ -221,29 +272,34 @@ def _lungs_of(lobes: LabelMap, phase: str) -> LabelMap:
 
 
 def write_tables(found: Analysed, json_path: Path, csv_path: Path) -> None:
-    """All figures as JSON, and as one row a part and figure."""
-    json_path.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
-    figures = found.figures()
+    """All figures as JSON, and as one row a part and figure; what can't be told is empty, or says why."""
+    held = found.as_dict()
+    json_path.write_text(json.dumps(held, indent=1, allow_nan=False), encoding="utf-8")
+    why = NOT_MEASURABLE if found.masks == "aerated" else ""
     with csv_path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "of", "figure", "value"])
+        writer.writerow(["", "", "use", "research only"])
         for name, part in found.parts.items():
-            held = {"exhale": part.exhale.as_dict(), "inhale": part.inhale.as_dict(), "pair": figures[name]}
-            for of, values in held.items():
+            figures = part.figures(non_aerated=found.masks == "whole")
+            scans = {phase: getattr(part, phase) for phase in ROLES}
+            rows = {phase: one.as_dict(non_aerated=found.masks == "whole") for phase, one in scans.items()}
+            told = {phase: one.as_dict() for phase, one in scans.items()} | {"pair": part.figures()}
+            for of, values in (rows | {"pair": figures}).items():
                 for figure, value in values.items():
-                    writer.writerow([name, of, figure, NOT_MEASURABLE if value is None else f"{value:.6g}"])
+                    untold = why if told[of][figure] is not None else ""
+                    writer.writerow([name, of, figure, untold if value is None else f"{value:.6g}"])
 
 
 def write_maps(found: Analysed, folder: Path) -> None:
-    """Maps on the exhale grid, NIfTI: volume change, gain of gas, HU of the same tissue at inhale, and events."""
+    """MAPS on the grid that was registered on, of the exhale lungs; NaN where nothing is known."""
     folder.mkdir(parents=True, exist_ok=True)
     grid = found.scans["exhale"].geometry()
     for name, image in (
         ("jacobian", found.jacobian()),
-        ("gas_gain", np.nan_to_num(found.gas_gain())),
-        ("inhale_hu", np.nan_to_num(found.matched_hu(), nan=-1024.0)),
+        ("gas_gain", found.gas_gain()),
+        ("inhale_hu", found.matched_hu()),
     ):
-        write_floats(folder / f"{name}.nii.gz", image.astype(np.float32), grid)
-    write_labels(folder / "events.nii.gz", LabelMap(labels=found.events(), geometry=grid))
-    for phase, scan in found.scans.items():
-        write_labels(folder / f"{phase}_lung.nii.gz", LabelMap(labels=scan.lung, geometry=scan.geometry()))
+        write_floats(folder / f"map_{name}.nii.gz", image.astype(np.float32), grid)
+    for name, labels in (("events", found.events()), ("lung", found.scans["exhale"].lung)):
+        write_labels(folder / f"map_{name}.nii.gz", LabelMap(labels=labels, geometry=grid))

@@ -7,8 +7,12 @@ import numpy as np
 from lungssl_data.aeration_checks import scan_warnings
 from lungssl_data.pair import PhaseScan
 from lungssl_data.volume import Volume
-from lungssl_tasks.aeration import Part
+from lungssl_tasks.aeration import COMPARTMENTS_HU, LungVoxels, Part
+from lungssl_tasks.aeration.compartments import MOST_HU
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.registration import Trust
+
+from lungssl.registering import Registered
 
 THICKEST_MM = 3.0
 """Thicker slices blur non-aerated into aerated lung. Ours: quantitative studies ask for slices of 1 to 2 mm."""
@@ -19,6 +23,9 @@ TISSUE_HU = (0, 120)
 USUAL_PEAK_HU = (20, 80)
 MASS_CHANGE = 0.15
 """Lungs keep their tissue between the phases but for blood: 10 % is usual, ours with a margin."""
+LEAST_DENSE = 0.01
+"""Share of a mask's volume from -100 to 100 HU: normal lungs hold 7 (SD 4) % of their mass there (`domain.md` A2), some
+2 % of their volume."""
 MOST_EXCLUDED = 0.02
 """Share of the masks above 100 HU: bone, contrast and drains, or a mask that leaks."""
 
@@ -35,13 +42,20 @@ class Check:
 
 
 def checks(
-    volumes: Mapping[str, Volume], scans: Mapping[str, PhaseScan], parts: Mapping[str, Part], trust: Trust
+    volumes: Mapping[str, Volume],
+    registered: Registered,
+    voxels: Mapping[str, LungVoxels],
+    parts: Mapping[str, Part],
+    *,
+    whole: bool,
 ) -> list[Check]:
-    """All checks of a pair, by phase `exhale` and `inhale`."""
+    """All checks of a pair, by phase `exhale` and `inhale`. `whole`: the masks are said to hold non-aerated lung."""
     found: list[Check] = []
-    for phase, volume in volumes.items():
-        found += _of_scan(phase, volume, scans[phase])
-    return [*found, *_of_pair(parts["lungs"], trust)]
+    for phase, role in (("exhale", "fixed"), ("inhale", "moving")):
+        found += _of_scan(phase, volumes[phase], registered.scans[role])
+        found += _of_mask(phase, registered.scans[role], voxels[phase], whole=whole)
+    found += _of_lobes(voxels)
+    return [*found, *_of_pair(parts["lungs"], registered.registration.trust, whole=whole)]
 
 
 def _of_scan(phase: str, volume: Volume, scan: PhaseScan) -> Iterator[Check]:
@@ -73,7 +87,50 @@ def _of_scan(phase: str, volume: Volume, scan: PhaseScan) -> Iterator[Check]:
         yield Check(name=f"{phase}: gas", found="", usual="", doubt=warning)
 
 
-def _of_pair(lungs: Part, trust: Trust) -> Iterator[Check]:
+def _of_mask(phase: str, scan: PhaseScan, voxels: LungVoxels, *, whole: bool) -> Iterator[Check]:
+    above = float((voxels.hu > MOST_HU).mean())
+    yield Check(
+        name=f"{phase}: mask above {MOST_HU:g} HU",
+        found=f"{above:.1%}",
+        usual=f"below {MOST_EXCLUDED:.0%}",
+        doubt="the mask holds bone, contrast or drains" if above > MOST_EXCLUDED else None,
+    )
+    if whole:
+        dense = float(((voxels.hu >= COMPARTMENTS_HU["non"][0]) & (voxels.hu <= MOST_HU)).mean())
+        yield Check(
+            name=f"{phase}: mask without air",
+            found=f"{dense:.2%} from -100 HU on",
+            usual=f"{LEAST_DENSE:.0%} and more",
+            doubt="hardly any of the mask is without air: if a threshold made it, recruitment can't be told from it"
+            if dense < LEAST_DENSE
+            else None,
+        )
+    x = np.nonzero(scan.lung)[2]
+    sides = [x[scan.lung[scan.lung > 0] == side].mean() for side in (1, 2) if (scan.lung == side).any()]
+    if len(sides) == 2 and sides[0] > sides[1]:
+        yield Check(
+            name=f"{phase}: sides",
+            found="code 1 lies to the left of code 2",
+            usual="1 right, 2 left",
+            doubt="right and left are swapped, in the mask or in the scan's orientation",
+        )
+
+
+def _of_lobes(voxels: Mapping[str, LungVoxels]) -> Iterator[Check]:
+    held = {
+        phase: set() if one.lobe is None else set(np.unique(one.lobe).tolist()) - {0} for phase, one in voxels.items()
+    }
+    for phase, other in (("exhale", "inhale"), ("inhale", "exhale")):
+        if alone := [name for code, name in LOBE_NAMES.items() if code in held[phase] - held[other]]:
+            yield Check(
+                name="lobes",
+                found=f"{', '.join(alone)} at {phase} only",
+                usual="the same lobes",
+                doubt=f"{', '.join(alone)} is in the {phase} lobes only: lungs and side compare different tissue",
+            )
+
+
+def _of_pair(lungs: Part, trust: Trust, *, whole: bool) -> Iterator[Check]:
     gas = lungs.exhale.gas_ml, lungs.inhale.gas_ml
     yield Check(
         name="gas, exhale and inhale",
@@ -81,29 +138,25 @@ def _of_pair(lungs: Part, trust: Trust) -> Iterator[Check]:
         usual="more at inhale",
         doubt=None if gas[1] > gas[0] else "inhale holds no more gas than exhale: are the scans swapped?",
     )
-    mass = lungs.exhale.mass_g, lungs.inhale.mass_g
-    change = mass[1] / mass[0] - 1 if mass[0] else float("nan")
-    yield Check(
-        name="lung mass, exhale and inhale",
-        found=f"{mass[0]:.0f} and {mass[1]:.0f} g ({change:+.0%})",
-        usual=f"within {MASS_CHANGE:.0%}",
-        doubt=None
-        if abs(change) <= MASS_CHANGE
-        else "tissue comes or goes between the phases: a mask leaks, or lacks lung in one of them",
-    )
-    for phase, held in (("exhale", lungs.exhale), ("inhale", lungs.inhale)):
-        share = held.excluded_ml / max(held.volume_ml + held.excluded_ml, 1e-9)
+    if whole:
+        mass = lungs.exhale.mass_g, lungs.inhale.mass_g
+        change = mass[1] / mass[0] - 1 if mass[0] else float("nan")
         yield Check(
-            name=f"{phase}: mask above 100 HU",
-            found=f"{share:.1%}",
-            usual=f"below {MOST_EXCLUDED:.0%}",
-            doubt="the mask holds bone, contrast or drains" if share > MOST_EXCLUDED else None,
+            name="lung mass, exhale and inhale",
+            found=f"{mass[0]:.0f} and {mass[1]:.0f} g ({change:+.0%})",
+            usual=f"within {MASS_CHANGE:.0%}",
+            doubt=None
+            if abs(change) <= MASS_CHANGE
+            else "tissue comes or goes between the phases: a mask leaks, or lacks lung in one of them",
         )
+    doubts = "; ".join(trust.doubts)
+    for role, phase in (("fixed", "exhale"), ("moving", "inhale")):
+        doubts = doubts.replace(f"the {role} ", f"the {phase} ")
     yield Check(
         name="registration",
         found=f"lungs overlap {trust.overlap:.3f}, insides correlate {trust.similarity:.2f}",
         usual="0.97 and more; 0.5 to 0.8",
-        doubt="; ".join(trust.doubts) or None,
+        doubt=doubts or None,
     )
 
 

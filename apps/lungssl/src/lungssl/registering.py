@@ -162,10 +162,14 @@ def register_volumes(
     model: Path | None = None,
     diffeomorphic: bool = False,
     points: tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]] | None = None,
+    sided: bool = False,
     device: str = "auto",
     say: Callable[[str], None],
 ) -> Registered:
-    """As `register_files`, of what has been read: `fixed` and `moving`, and their points in LPS mm."""
+    """As `register_files`, of what has been read: `fixed` and `moving`, and their points in LPS mm.
+
+    `sided`: the masks' codes are sides, 1 right and 2 left, though one be missing.
+    """
     config = preset_config(preset)
     if diffeomorphic:
         config = dataclasses.replace(config, descent=dataclasses.replace(config.descent, diffeomorphic=True))
@@ -176,7 +180,9 @@ def register_volumes(
     if network is not None:
         backbone = network.encoder
     # Where a mask says no sides, both lungs are taken for one: the sides that another mask names would go astray.
-    one_code = any(mask is not None and len(set(np.unique(mask.labels)) - {0}) == 1 for mask in masks.values())
+    one_code = not sided and any(
+        mask is not None and len(set(np.unique(mask.labels)) - {0}) == 1 for mask in masks.values()
+    )
     started = time.perf_counter()
     scans: dict[str, PhaseScan] = {}
     seen: dict[str, PhaseScan] = {}  # as the encoder sees them

@@ -55,7 +55,14 @@ def analyze(
         raise ConfigError(f"--maps {maps} is in use; name a new folder or give --overwrite")
 
     from lungssl import analyzing
+    from lungssl.cli import BANNER
     from lungssl.reports.analysis_report import write_report
+
+    written = {path.resolve() for path in (output, *tables)}
+    written |= set() if maps is None else {(maps / name).resolve() for name in analyzing.MAPS}
+    for path in (exhale, inhale, exhale_mask, inhale_mask, exhale_lobes, inhale_lobes):
+        if path is not None and path.resolve() in written:
+            raise ConfigError(f"{path} is an input and would be written over; name another output")
 
     found = analyzing.analyse_files(
         exhale,
@@ -79,4 +86,5 @@ def analyze(
         if check.doubt:
             print(f"DOUBT {check.name}: {check.doubt}")
     print(found.headline())
+    print(BANNER)
     print(f"report: {output}")

@@ -2,6 +2,7 @@
 
 import numpy as np
 from lungssl_tasks.aeration import COMPARTMENTS_HU
+from lungssl_tasks.aeration.compartments import MOST_HU
 from lungssl_tasks.aeration.parts import SLABS
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -23,15 +24,16 @@ PLANES = ("coronal", "sagittal", "axial")
 
 def planes_figure(found: Analysed) -> Figure:
     """Three planes of the exhale scan: exhale, inhale brought there, difference, compartments, events, volume."""
-    scan = found.scans["exhale"]
+    scan, alone = found.registered.scans["fixed"], found.scans["exhale"]  # one grid; the second holds the lungs alone
     grid, place = scan.geometry(), lung_centre_mm(scan)
     side = lung_centre_mm(scan, side=1) if (scan.lung == 1).any() else place
     warped = warp_volume(found.registered.moving, found.registered.registration.on_grid(grid), grid).hu
     lung = scan.lung > 0
     compartment = np.zeros(lung.shape, np.uint8)
     for code, (low, high) in enumerate(COMPARTMENTS_HU.values(), start=1):
-        compartment[lung & (np.maximum(scan.ct_hu, -1000) >= low) & (scan.ct_hu < high)] = code
-    change = np.where(lung, found.matched_hu() - scan.ct_hu, np.nan)
+        compartment[lung & (np.maximum(alone.ct_hu, -1000) >= low) & (alone.ct_hu < high)] = code
+    compartment[lung & (alone.ct_hu == MOST_HU)] = code
+    change = np.where(lung, found.matched_hu() - alone.ct_hu, np.nan)
     volume = np.where(lung, np.log2(np.clip(found.jacobian(), 1e-3, None)), np.nan)
     events = found.events()
     figure = Figure(figsize=(17.5, 9.2), layout="constrained")
@@ -78,11 +80,14 @@ def planes_figure(found: Analysed) -> Figure:
 
 
 def compartments_figure(found: Analysed) -> Figure:
-    """Shares of volume and of mass, exhale above inhale; and the same by mass from top to bottom along gravity."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
+    """Shares of volume and of mass, exhale above inhale; and the same by mass from top to bottom along gravity. Of
+    masks of aerated lung only, shares of their volume alone.
+    """
+    whole = found.masks == "whole"
+    figure = Figure(figsize=(13, 3.6) if whole else (7, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.4)) if whole else [figure.subplots()]
     lungs = found.parts["lungs"]
-    for one, of in zip(axes[:2], ("volume", "mass"), strict=True):
+    for one, of in zip(axes[:2], ("volume", "mass") if whole else ("volume",), strict=True):
         for row, held in enumerate((lungs.inhale, lungs.exhale)):
             left = 0.0
             for name, colour in COMPARTMENT_COLOURS.items():
@@ -93,8 +98,12 @@ def compartments_figure(found: Analysed) -> Figure:
                 left += share
         one.set_yticks([0, 1], ["inhale", "exhale"], fontsize=10)
         one.set_xlim(0, 100)
-        one.set_title(f"% of lung {of}", fontsize=11)
+        one.set_title(f"% of {'lung' if whole else 'aerated'} {of}", fontsize=11)
         one.spines[["top", "right", "left"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=9, frameon=False)
+    if not whole:
+        return figure
     slabs = [name for name in (f"gravity_{k:02d}" for k in range(1, SLABS + 1)) if name in found.parts]
     places = [int(name[-2:]) for name in slabs]
     for phase, style in (("exhale", "-"), ("inhale", "--")):
@@ -106,6 +115,4 @@ def compartments_figure(found: Analysed) -> Figure:
     axes[2].set_title("along gravity", fontsize=11)
     axes[2].spines[["top", "right"]].set_visible(False)
     axes[2].legend(fontsize=8, frameon=False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=9, frameon=False)
     return figure

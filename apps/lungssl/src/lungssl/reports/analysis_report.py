@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 from lungssl_tasks.aeration.breath import OF_NON_AERATED
+from lungssl_tasks.aeration.change import TISSUE_HU
 from lungssl_tasks.aeration.precision import RECRUITMENT
 
 from lungssl.analyzing import NOT_MEASURABLE, Analysed
@@ -18,7 +19,7 @@ FIGURES = {
     "tidal_volume_ml": ("Gas that came in", "ml", 0),
     "strain": ("Dynamic strain: gas that came in by EELV", "", 2),
     "exhale_mass_g": ("Lung mass at exhale", "g", 0),
-    "net_recruited_percent": ("Net recruitment, of lung mass (non-aerated mass, Gattinoni)", "%", 1),
+    "net_recruited_percent": ("Net recruitment (non-aerated mass, Gattinoni), of the part's mass", "%", 1),
     "net_recruited_g": ("the same", "g", 0),
     "recruited_g": ("Recruited by place, gross", "g", 0),
     "derecruited_g": ("Derecruited by place, gross", "g", 0),
@@ -27,6 +28,7 @@ FIGURES = {
     "tidal_hyperinflation_ml": ("Tidal hyperinflation: gain of volume below -900 HU", "ml", 0),
     "tidal_hyperinflation_percent": ("the same, of the gas that came in", "%", 0),
     "hyperinflated_ml": ("Hyperinflated by place, volume at inhale", "ml", 0),
+    "unmatched_percent": ("Exhale lung without a place in the inhale lung", "%", 1),
     "ventilation_mean": ("Specific volume change, mean (J - 1)", "", 2),
     "corrected_ventilation_mean": ("Specific gas change, mean (SACJ)", "", 2),
 }
@@ -38,6 +40,7 @@ def write_report(found: Analysed, path: Path) -> None:
     """Write a page that needs no other file."""
     template = (files("lungssl.reports") / "templates" / "analysis.html").read_text(encoding="utf-8")
     env = environment()
+    whole = found.masks == "whole"
     columns = [name for name in COLUMNS if name in found.parts]
     figures = found.figures()
     srd = RECRUITMENT["machine"]
@@ -47,15 +50,16 @@ def write_report(found: Analysed, path: Path) -> None:
         "checks": found.checks,
         "columns": columns,
         "rows": [
-            (title, unit, [_shown(figures[part].get(name), name, digits) for part in columns])
+            (title, unit, [_shown(figures[part].get(name), name, digits, whole=whole) for part in columns])
             for name, (title, unit, digits) in FIGURES.items()
             if name in figures["lungs"]
         ],
-        "not_measurable": NOT_MEASURABLE if found.masks == "aerated" else None,
+        "not_measurable": None if whole else NOT_MEASURABLE,
         "srd": f"{srd.value:g} % (95 % interval {srd.low:g} to {srd.high:g})",
         "planes": png(planes_figure(found), dpi=80),
         "compartments": png(compartments_figure(found), dpi=90),
         "voxel_mm": f"{found.scans['exhale'].spacing_mm[0]:g}",
+        "tissue_hu": f"{TISSUE_HU:g}",
         "down": found.down,
         "machine": f"lungssl {env['versions'].get('lungssl')}, torch {env['versions'].get('torch')}, commit "
         f"{str(env['commit'])[:8]}, registration preset {found.registered.preset}, {found.seconds:.0f} s on "
@@ -64,7 +68,7 @@ def write_report(found: Analysed, path: Path) -> None:
     path.write_text(Environment(autoescape=True).from_string(template).render(page), encoding="utf-8")
 
 
-def _shown(value: float | None, name: str, digits: int) -> str:
+def _shown(value: float | None, name: str, digits: int, *, whole: bool) -> str:
     if value is None:
-        return "not measurable" if name in OF_NON_AERATED else "-"
+        return "not measurable" if name in OF_NON_AERATED and not whole else "-"
     return f"{value:.{digits}f}"

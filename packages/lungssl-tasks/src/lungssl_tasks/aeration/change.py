@@ -5,6 +5,7 @@ inhale by that at exhale. Where tissue mass is told apart by place, the conventi
 f = (HU + 1000) / 1055 at 1 g/ml (Yin et al. 2009, tissue of 55 HU); where gas is, that of `compartments`.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Matched:
 
     exhale_hu: Float[ndarray, " n"]
     inhale_hu: Float[ndarray, " n"]
-    """NaN where the tissue lies beyond the inhale scan: not counted."""
+    """NaN where the tissue would lie outside of the inhale lung or of what was measured: not counted."""
     jacobian: Float[ndarray, " n"]
     voxel_ml: float
     """At exhale."""
@@ -58,7 +59,7 @@ class Change:
     corrected_ventilation_mean: float
     """J g_inhale / g_exhale - 1 (SACJ, Ding et al. 2012): specific change of gas, where there is a tenth at exhale."""
     unmatched_percent: float
-    """Of the exhale lung, whose tissue lies beyond the inhale scan."""
+    """Of the exhale lung, whose tissue would lie outside of the inhale lung or of what was measured."""
 
     def as_dict(self) -> dict[str, float]:
         """For a table."""
@@ -71,8 +72,8 @@ def match(
     u_mm: Float32[ndarray, "3 z y x"],
     jacobian: Float[ndarray, "z y x"],
 ) -> Matched:
-    """Look up the tissue of exhale lung voxels at inhale: at p + u(p), between the inhale lung's voxels alone, so that
-    the chest wall beside it doesn't mix in.
+    """Look up the tissue of exhale lung voxels at inhale: at p + u(p), between the inhale lung's measured voxels alone,
+    so that neither the chest wall nor padding mixes in.
 
     `u_mm`, `jacobian`: on the exhale scan's grid, u's components (x, y, z) in LPS mm. ValueError for other sizes.
     """
@@ -84,23 +85,20 @@ def match(
     places = index @ grid[:3, :3].T + grid[:3, 3] + u_mm[:, inside].T
     to_index = np.linalg.inv(np.vstack([inhale.geometry().index_to_mm(), [0, 0, 0, 1]])[:4])
     there = (places @ to_index[:3, :3].T + to_index[:3, 3])[:, ::-1].T
-    lung = (inhale.lung > 0).astype(np.float32)
+    lung = ((inhale.lung > 0) & (inhale.valid > 0)).astype(np.float32)
     weight = ndimage.map_coordinates(lung, there, order=1, mode="constant", prefilter=False)
     total = ndimage.map_coordinates(lung * inhale.ct_hu, there, order=1, mode="constant", prefilter=False)
-    beside = ndimage.map_coordinates(inhale.ct_hu.astype(np.float32), there, order=1, mode="nearest", prefilter=False)
-    found = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), beside)
-    size = np.array(inhale.ct_hu.shape)[:, None]
-    beyond = ((there < -0.5) | (there > size - 0.5)).any(axis=0)
+    known = weight > 1e-6
     return Matched(
         exhale_hu=exhale.ct_hu[inside].astype(np.float64),
-        inhale_hu=np.where(beyond, np.nan, found),
+        inhale_hu=np.where(known, total / np.where(known, weight, 1.0), np.nan).astype(np.float64),
         jacobian=jacobian[inside].astype(np.float64),
         voxel_ml=exhale.geometry().voxel_ml(),
     )
 
 
 def change(matched: Matched, where: Bool[ndarray, " n"] | None = None) -> Change:
-    """Figures of matched voxels, or of those of a part."""
+    """Figures of matched voxels, or of those of a part; NaN but for `unmatched_percent` where none is matched."""
     some = np.ones(len(matched.exhale_hu), bool) if where is None else where
     known = some & np.isfinite(matched.inhale_hu)
     before, after, growth = (a[known] for a in (matched.exhale_hu, matched.inhale_hu, matched.jacobian))
@@ -112,7 +110,9 @@ def change(matched: Matched, where: Bool[ndarray, " n"] | None = None) -> Change
     weak = before >= POOR_HU
     gained = (growth * later - tissue) * ml
     aerated = gas >= LEAST_GAS
-    mean = np.mean if len(growth) else lambda _: np.nan
+    unmatched_percent = 100.0 * float((some & ~known).sum()) / max(int(some.sum()), 1)
+    if not known.any():
+        return Change(**{name: math.nan for name in Change.__dataclass_fields__} | {"unmatched_percent": 100.0})
     return Change(
         recruited_g=float(tissue[opened].sum()) * ml,
         derecruited_g=float(tissue[closed].sum()) * ml,
@@ -120,12 +120,12 @@ def change(matched: Matched, where: Bool[ndarray, " n"] | None = None) -> Change
         hyperinflated_ml=float(growth[inflated].sum()) * ml,
         tissue_gain_g=float(gained.sum()),
         tissue_mismatch_ml2=float((gained**2).sum()),
-        jacobian_mean=float(mean(growth)),
-        ventilation_mean=float(mean(growth - 1.0)),
+        jacobian_mean=float(growth.mean()),
+        ventilation_mean=float(growth.mean() - 1.0),
         corrected_ventilation_mean=float(np.mean(corrected_ventilation(matched)[known][aerated]))
         if aerated.any()
         else float("nan"),
-        unmatched_percent=100.0 * float((some & ~known).sum()) / max(int(some.sum()), 1),
+        unmatched_percent=unmatched_percent,
     )
 
 

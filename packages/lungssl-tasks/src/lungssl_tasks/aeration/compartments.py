@@ -5,6 +5,7 @@ tissue of 1 g/ml (Gattinoni et al. 2001, https://doi.org/10.1164/ajrccm.164.9.21
 not aerated: of a mask of aerated lung only, `non` means nothing.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -39,15 +40,20 @@ class Aeration:
 
     def volume_percent(self, compartment: str) -> float:
         """Share of the volume; NaN where there is none."""
-        return 100.0 * self.compartment_ml[compartment] / self.volume_ml if self.volume_ml else float("nan")
+        return 100.0 * self.compartment_ml[compartment] / self.volume_ml if self.volume_ml else math.nan
 
     def mass_percent(self, compartment: str) -> float:
         """Share of the mass; NaN where there is none."""
-        return 100.0 * self.compartment_g[compartment] / self.mass_g if self.mass_g else float("nan")
+        return 100.0 * self.compartment_g[compartment] / self.mass_g if self.mass_g else math.nan
 
-    def as_dict(self) -> dict[str, float]:
-        """Flat, for a table: `non_g`, `non_mass_percent`, ... beside the totals."""
-        values = {name: value for name, value in asdict(self).items() if isinstance(value, float)}
+    def as_dict(self, *, non_aerated: bool = True) -> dict[str, float | None]:
+        """Flat, for a table: `non_g`, `non_mass_percent`, ... beside the totals; None for what can't be told.
+
+        `non_aerated`: whether the mask includes non-aerated lung; if not, neither masses nor `non` are told.
+        """
+        values: dict[str, float | None] = {
+            name: value for name, value in asdict(self).items() if isinstance(value, float)
+        }
         for name in COMPARTMENTS_HU:
             values |= {
                 f"{name}_ml": self.compartment_ml[name],
@@ -55,7 +61,10 @@ class Aeration:
                 f"{name}_volume_percent": self.volume_percent(name),
                 f"{name}_mass_percent": self.mass_percent(name),
             }
-        return values
+        if not non_aerated:
+            untold = [name for name in values if name.startswith("non_") or "_mass_" in name or name.endswith("_g")]
+            values |= dict.fromkeys(untold)
+        return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
 
 def aeration(hu: Shaped[ndarray, " n"], voxel_ml: float) -> Aeration:
