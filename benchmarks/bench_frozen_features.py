@@ -119,7 +119,8 @@ def measured(subject: Subject, method: str, weights: Path | None, window_mm: flo
     features: Features | None = None
     if method == "raw":
         features = raw(subject.seen)
-    elif weights is not None and window_mm is not None:
+    elif weights is not None:
+        assert window_mm is not None, f"plan methods has no arm {method}"
         encoder = load_encoder(weights)
         assert isinstance(encoder, Encoder)
         features = encoder_features(encoder, subject.seen, window_mm=window_mm)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from lungssl import analyzing
 from lungssl.cli import main
-from lungssl.quality import cut_share, tissue_peak_hu
+from lungssl.quality import tissue_peak_hu
 from lungssl_data.pair import PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom, write_phantom
 from lungssl_data.readers import read_labels, read_volume, write_labels
 from lungssl_data.volume import LabelMap
+from lungssl_tasks.registration.trust import cut_share
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_lobes_in_other_codes_are_refused(patient: Path, tmp_path: Path, capsys:
     write_labels(tmp_path / "lobes.nii.gz", LabelMap(labels=given.labels * np.uint8(10), geometry=given.geometry))
     other = ["--exhale-lobes", tmp_path / "lobes.nii.gz", "--inhale-lobes", patient / "inhale_lobes.nii.gz"]
     assert analyze(patient, tmp_path / "page.html", *other) == 3
-    assert "expected 1 RUL" in capsys.readouterr().err
+    assert "expected lobes 1 RUL" in capsys.readouterr().err
 
 
 def test_the_share_of_surface_that_a_scan_cuts() -> None:

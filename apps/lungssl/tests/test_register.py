@@ -319,6 +319,64 @@ def test_masks_without_sides_are_of_both_lungs(scans: Path, tmp_path: Path) -> N
     assert json.loads((tmp_path / "s.json").read_text())["doubts"] == []
 
 
+@pytest.mark.parametrize("kind", ["lobes", "left"])
+def test_masks_of_lobes_and_of_one_lung(scans: Path, tmp_path: Path, kind: str) -> None:
+    """Lobes are lungs with more codes; a mask of 2 alone is of the left lung, and the other right one is left out."""
+    mask = read_labels(scans / "exhale_lung.nii.gz")
+    codes = [0, 2, 5] if kind == "lobes" else [0, 0, 2]
+    write_labels(tmp_path / "m.nii.gz", LabelMap(labels=np.array(codes, np.uint8)[mask.labels], geometry=mask.geometry))
+    arguments = command(scans, tmp_path / "u.mha", "--summary", tmp_path / "s.json")
+    arguments[6] = str(tmp_path / "m.nii.gz")
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "s.json").read_text())
+    expected = [] if kind == "lobes" else ["only the moving scan shows a right lung, of which the field says nothing"]
+    assert summary["doubts"] == expected
+
+
+def test_landmarks_of_both_phases_in_one_table(scans: Path, tmp_path: Path) -> None:
+    table = tmp_path / "landmarks.csv"
+    affine = read_labels(scans / "exhale_lung.nii.gz").geometry.index_to_mm()
+    here = np.array([[10, 10, 10], [12, 11, 9]]) @ affine[:, :3].T + affine[:, 3]
+    table.write_text(
+        ",".join(f"{phase}_{axis}_mm" for phase in ("exhale", "inhale") for axis in "xyz")
+        + "".join("\n" + ",".join(f"{v:.3f}" for v in [*row, *(row + 1)]) for row in here)
+    )
+    volumes = {
+        role: read_volume(scans / f"{phase}.nii.gz") for role, phase in (("fixed", "exhale"), ("moving", "inhale"))
+    }
+    first, second = registering.read_landmarks((table, table), volumes)
+    np.testing.assert_allclose(second - first, 1.0, atol=1e-9)
+
+
+def test_inputs_are_not_written_over(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(scans)
+    arguments = command(scans, tmp_path / "u.mha", "--warped", tmp_path / "link" / "inhale.nii.gz", "--overwrite")
+    assert main(arguments) == 2 and "would be written over" in capsys.readouterr().err
+    labels = scans / "inhale_lung.nii.gz"
+    arguments = ["warp", "--field", "u.mha", "--labels", str(labels), "-o", str(labels), "--overwrite"]
+    assert main(arguments) == 2 and "would be written over" in capsys.readouterr().err
+
+
+def test_where_a_field_is_not_known(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is air in the warped scan, not the scan as it was; points are refused; indices count in the fixed scan."""
+    moving = read_volume(scans / "inhale.nii.gz")
+    u_mm = np.zeros((3, *moving.hu.shape), np.float32)
+    u_mm[:, 5:8] = np.nan
+    write_field(tmp_path / "u.nrrd", u_mm, moving.geometry)
+    warped = registering.warp_volume(moving, u_mm, moving.geometry).hu
+    assert (warped[5:8] == -1000).all()
+    np.testing.assert_array_equal(warped[8:, 3:], moving.hu[8:, 3:])
+    affine = moving.geometry.index_to_mm()
+    write_points(tmp_path / "p.csv", (affine[:, :3] @ [4, 4, 6] + affine[:, 3])[None])
+    command = ["warp", "--field", str(tmp_path / "u.nrrd"), "-o", str(tmp_path / "q.csv"), "--points"]
+    assert main([*command, str(tmp_path / "p.csv")]) == 3
+    assert "where the field is not known" in capsys.readouterr().err
+    (tmp_path / "p.pts").write_text("index\n1\n4 4 9\n")
+    assert main([*command, str(tmp_path / "p.pts")]) == 2 and "--fixed" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "p.pts"), "--fixed", str(scans / "inhale.nii.gz")]) == 0
+    np.testing.assert_allclose(read_points(tmp_path / "q.csv")[0], affine[:, :3] @ [4, 4, 9] + affine[:, 3], atol=1e-3)
+
+
 def test_what_cannot_be_registered_is_said(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "u.nrrd"
     mask = read_labels(scans / "exhale_lung.nii.gz")

@@ -111,8 +111,26 @@ def test_what_speaks_against_a_registration_is_said(pair: Pair) -> None:
         inhale, ct_hu=inhale.ct_hu[cut:], lung=inhale.lung[cut:], valid=np.ones(inhale.ct_hu[cut:].shape, np.uint8)
     )
     assert "of the fixed lung lies beyond the moving scan" in register(exhale, short, COARSE).trust.doubts[0]
+    base = dataclasses.replace(
+        exhale, ct_hu=exhale.ct_hu[cut:], lung=exhale.lung[cut:], valid=np.ones(exhale.ct_hu[cut:].shape, np.uint8)
+    )
+    assert "the fixed scan cuts the lungs" in register(base, inhale, COARSE).trust.doubts[0]
     stranger = register(exhale, made(4)[1], COARSE).trust
     assert "look whether both scans are of one patient" in " ".join(stranger.doubts)
+
+
+def test_a_search_alone_is_not_asked_for_the_similarity_of_descent(pair: Pair) -> None:
+    exhale, inhale, _ = pair
+    alone = register(exhale, inhale, dataclasses.replace(COARSE, descent=DescentConfig(levels=()))).trust
+    assert not any("one patient" in doubt for doubt in alone.doubts)
+
+
+def test_a_lung_without_depth_is_refused(pair: Pair) -> None:
+    exhale, inhale, _ = pair
+    flat = np.zeros_like(exhale.lung)
+    flat[10] = exhale.lung[10]
+    with pytest.raises(ValueError, match="one voxel thin"):
+        register(dataclasses.replace(exhale, lung=flat), inhale, COARSE)
 
 
 def test_given_features_lead_the_search(pair: Pair, found: Registration) -> None:

@@ -25,12 +25,11 @@ from numpy import ndarray
 
 from lungssl.errors import ConfigError, DataError
 from lungssl.quality import Check, checks
-from lungssl.registering import Registered, preset_config, register_volumes
+from lungssl.registering import Registered, lungs_of_lobes, preset_config, register_volumes
 
 SIDES = {1: "right", 2: "left"}
 PADDED_HU = -3024
 """What scanners fill corners with: `prepare_scan` never mixes it into its neighbours."""
-LUNG_OF_LOBE = {0: 0, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
 MaskKind = Literal["aerated", "whole"]
 """Of what the lung masks hold: the air-filled lung alone, or also what isn't aerated."""
 NOT_MEASURABLE = "not measurable: aerated-only mask"
@@ -168,7 +167,7 @@ def analyse_files(
         if model is not None:
             lobes[phase] = _lobes_of(volume, model, device=device)
         if (found := lobes[phase]) is not None:
-            lungs[phase] = _lungs_of(found, phase)
+            lungs[phase] = lungs_of_lobes(found, f"lobes of {phase}")
         elif mask is not None:
             lungs[phase] = _with_sides(_on_grid(read_labels(mask), volume, f"--{phase}-mask"), volume, phase)
         else:
@@ -261,14 +260,6 @@ def _lobes_of(volume: Volume, model: Path, *, device: str) -> LabelMap:
             f"{', '.join(LOBE_NAMES.values())}"
         )
     return found.mask
-
-
-def _lungs_of(lobes: LabelMap, phase: str) -> LabelMap:
-    codes = set(np.unique(lobes.labels).tolist())
-    if unknown := sorted(codes - set(LUNG_OF_LOBE)):
-        raise DataError(f"lobes of {phase}: unknown code {unknown[0]}; expected 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL")
-    table = np.array([LUNG_OF_LOBE[code] for code in range(6)], np.uint8)
-    return LabelMap(labels=table[lobes.labels], geometry=lobes.geometry)
 
 
 def write_tables(found: Analysed, json_path: Path, csv_path: Path) -> None:

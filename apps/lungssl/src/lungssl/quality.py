@@ -11,13 +11,12 @@ from lungssl_tasks.aeration import COMPARTMENTS_HU, LungVoxels, Part
 from lungssl_tasks.aeration.compartments import MOST_HU
 from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.registration import Trust
+from lungssl_tasks.registration.trust import CUT_SHARE, cut_share
 
 from lungssl.registering import Registered
 
 THICKEST_MM = 3.0
 """Thicker slices blur non-aerated into aerated lung. Ours: quantitative studies ask for slices of 1 to 2 mm."""
-CUT_SHARE = 0.01
-"""Of the lung's surface voxels at the edge of what was measured; a whole lung has none."""
 TISSUE_HU = (0, 120)
 """Where the peak of blood and muscle is looked for; unenhanced it lies at 30 to 60, after contrast above."""
 USUAL_PEAK_HU = (20, 80)
@@ -158,28 +157,6 @@ def _of_pair(lungs: Part, trust: Trust, *, whole: bool) -> Iterator[Check]:
         usual="0.97 and more; 0.5 to 0.8",
         doubt=doubts or None,
     )
-
-
-def cut_share(scan: PhaseScan) -> float:
-    """Of the lung's surface voxels, those that touch what wasn't measured or the end of the scan."""
-    lung, measured = scan.lung > 0, scan.valid > 0
-    surface = edge = 0
-    for axis in range(3):
-        for turn in (1, -1):
-            beside_lung, beside_measured = (_shifted(mask, axis, turn) for mask in (lung, measured))
-            outer = lung & ~beside_lung
-            surface += int(outer.sum())
-            edge += int((outer & ~beside_measured).sum())
-    return edge / max(surface, 1)
-
-
-def _shifted(mask: np.ndarray, axis: int, turn: int) -> np.ndarray:
-    """Each voxel's neighbour along an axis; False beyond the array."""
-    moved = np.roll(mask, turn, axis)
-    end = [slice(None)] * 3
-    end[axis] = slice(0, 1) if turn == 1 else slice(-1, None)
-    moved[tuple(end)] = False
-    return moved
 
 
 def tissue_peak_hu(scan: PhaseScan) -> float | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lungssl_data.field import field_image
 from lungssl_data.lung_mask import LungMaskError
 from lungssl_data.pair import AIR_HU, PhaseScan
 from lungssl_data.points import read_points
-from lungssl_data.prepare import PrepareConfig, prepare_scan
+from lungssl_data.prepare import SIDE_UNKNOWN, PrepareConfig, prepare_scan
 from lungssl_data.readers import read_labels, read_volume
 from lungssl_data.resample import resample_labels
 from lungssl_data.volume import Geometry, LabelMap, Volume
@@ -37,8 +38,11 @@ from lungssl.finetuning import encoder_file
 from lungssl.segmenting import model_folder
 from lungssl.training.precision import pick_device
 
+LUNG_OF_LOBE = {1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
 ENCODER_SHARE = 0.5
 """Of the search's cost, what an encoder's features have beside MIND-SSC, unless it is said. Not tuned."""
+SLAB = 32
+"""Slices that are warped at a time: 200 MB of float64 field for 512 x 512 voxels."""
 WINDOW_MM = 192.0
 """Side of the windows that an encoder sees, as plan `phases` trains and judges them, where its run isn't known."""
 
@@ -84,7 +88,10 @@ class Registered:
             "affine": self.registration.affine.tolist(),
             "trusted": not self.registration.trust.doubts,
             "landmarks": None if self.landmarks is None else dataclasses.asdict(self.landmarks),
-            **{name: round(value, 5) if isinstance(value, float) else value for name, value in trust.items()},
+            **{
+                name: (round(value, 5) if math.isfinite(value) else None) if isinstance(value, float) else value
+                for name, value in trust.items()
+            },
         }
 
     def describe(self) -> str:
@@ -179,10 +186,9 @@ def register_volumes(
     backbone = None if encoder is None else load_encoder(encoder_file(encoder))
     if network is not None:
         backbone = network.encoder
-    # Where a mask says no sides, both lungs are taken for one: the sides that another mask names would go astray.
-    one_code = not sided and any(
-        mask is not None and len(set(np.unique(mask.labels)) - {0}) == 1 for mask in masks.values()
-    )
+    # Masks of 1 alone name no sides: both lungs are taken for one, unless the other scan's are told apart.
+    plain = {role: mask is not None and not sided and _codes(mask) == {1} for role, mask in masks.items()}
+    one_code = all(plain.values())
     started = time.perf_counter()
     scans: dict[str, PhaseScan] = {}
     seen: dict[str, PhaseScan] = {}  # as the encoder sees them
@@ -192,8 +198,10 @@ def register_volumes(
             raise DataError(f"--{role}-mask is empty; give a mask of the lungs, or leave it out to have one made")
         if mask is not None and not resample_labels(mask, volume.geometry).any():
             raise DataError(f"--{role}-mask doesn't lie within --{role}; is it of another scan?")
-        if mask is not None and one_code:
-            mask = LabelMap(labels=(mask.labels > 0).astype(np.uint8), geometry=mask.geometry)
+        if mask is not None and plain[role] and not one_code:
+            mask = LabelMap(labels=mask.labels * np.uint8(SIDE_UNKNOWN), geometry=mask.geometry)
+        if mask is not None and _codes(mask) & {4, 5}:
+            mask = lungs_of_lobes(mask, f"--{role}-mask")
         try:
             scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=config.spacing_mm), lung=mask)
         except LungMaskError as error:
@@ -233,6 +241,18 @@ def register_volumes(
     )
 
 
+def _codes(mask: LabelMap) -> set[int]:
+    return set(np.unique(mask.labels).tolist()) - {0}
+
+
+def lungs_of_lobes(lobes: LabelMap, name: str) -> LabelMap:
+    """1 right, 2 left, of lobes 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL; DataError for other codes."""
+    if unknown := sorted(_codes(lobes) - set(LUNG_OF_LOBE)):
+        raise DataError(f"{name}: unknown code {unknown[0]}; expected lobes 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL")
+    table = np.array([0, *LUNG_OF_LOBE.values()], np.uint8)
+    return LabelMap(labels=table[lobes.labels], geometry=lobes.geometry)
+
+
 def preset_config(name: str) -> RegistrationConfig:
     """Of PRESETS; ConfigError for an unknown name."""
     if name not in PRESETS:
@@ -245,7 +265,8 @@ def read_landmarks(
 ) -> tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]:
     """Points of the fixed and of the moving scan, LPS mm; DataError where they aren't as many, or lie beyond it."""
     here, there = (
-        read_points(path, volumes[role].geometry) for path, role in zip(paths, ("fixed", "moving"), strict=True)
+        read_points(path, volumes[role].geometry, of=phase)
+        for path, role, phase in zip(paths, ("fixed", "moving"), ("exhale", "inhale"), strict=True)
     )
     if len(here) != len(there):
         raise DataError(
@@ -339,28 +360,39 @@ def warp_labels(moving: LabelMap, u_mm: Float32[ndarray, "3 z y x"], grid: Geome
 def warp_points(
     points_mm: Float[ndarray, "n 3"], u_mm: Float32[ndarray, "3 z y x"], grid: Geometry
 ) -> Float[ndarray, "n 3"]:
-    """Fixed points in the moving scan, p + u(p), as ITK reads the field; DataError for points beyond its grid."""
+    """Fixed points in the moving scan, p + u(p), as ITK reads the field; DataError for points beyond what it knows."""
     if (outside := beyond(points_mm, grid)).any():
         raise DataError(
             f"point {int(np.argmax(outside)) + 1} of {len(points_mm)} lies beyond the field; points must be of the "
             f"fixed scan, in LPS mm"
         )
     transform = sitk.DisplacementFieldTransform(sitk.Cast(field_image(u_mm, grid), sitk.sitkVectorFloat64))
-    return np.array([transform.TransformPoint(point) for point in points_mm.tolist()])
+    moved = np.array([transform.TransformPoint(point) for point in points_mm.tolist()])
+    if (lost := ~np.isfinite(moved).all(axis=1)).any():
+        raise DataError(f"point {int(np.argmax(lost)) + 1} of {len(points_mm)} lies where the field is not known (NaN)")
+    return moved
 
 
 def _warped(
     values: ndarray, geometry: Geometry, u_mm: Float32[ndarray, "3 z y x"], grid: Geometry, how: int, beyond: float
 ) -> ndarray:
+    """`beyond` where the field leads out of the volume, or is NaN. By slabs: ITK wants the field in float64."""
     image = sitk.GetImageFromArray(values)
     image.SetSpacing(geometry.spacing_mm)
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(geometry.direction.ravel().tolist())
-    field = field_image(np.nan_to_num(u_mm), grid)
-    reference = sitk.Image(list(reversed(grid.shape)), sitk.sitkUInt8)
-    reference.CopyInformation(field)
-    transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
-    return sitk.GetArrayFromImage(sitk.Resample(image, reference, transform, how, beyond))
+    found = []
+    for first in range(0, grid.shape[0], SLAB):
+        u_slab = u_mm[:, first : first + SLAB]
+        corner = grid.index_to_mm() @ np.array([0.0, 0.0, first, 1.0])
+        slab = dataclasses.replace(grid, shape=u_slab.shape[1:], origin_mm=(corner[0], corner[1], corner[2]))
+        field = field_image(np.nan_to_num(u_slab), slab)
+        reference = sitk.Image(list(reversed(slab.shape)), sitk.sitkUInt8)
+        reference.CopyInformation(field)
+        transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
+        warped = sitk.GetArrayFromImage(sitk.Resample(image, reference, transform, how, beyond))
+        found.append(np.where(np.isfinite(u_slab).all(axis=0), warped, warped.dtype.type(beyond)))
+    return np.concatenate(found)
 
 
 def write_summary(registered: Registered, path: Path) -> None:

@@ -24,8 +24,9 @@ LARGEST_BYTES = 64 << 20
 SUFFIXES = (".csv", ".txt", ".pts")
 
 
-def read_points(path: Path, grid: Geometry | None = None) -> Float64[ndarray, "n 3"]:
-    """Points in LPS mm; `grid` is what indices of a .pts file count in.
+def read_points(path: Path, grid: Geometry | None = None, *, of: str | None = None) -> Float64[ndarray, "n 3"]:
+    """Points in LPS mm; `grid` is what indices of a .pts file count in. `of`: which of several triples of a .csv, e.g.
+    `exhale` for `exhale_x_mm,exhale_y_mm,exhale_z_mm,inhale_x_mm,...`.
 
     Raises ValueError with the line for anything that isn't a list of points.
     """
@@ -40,7 +41,7 @@ def read_points(path: Path, grid: Geometry | None = None) -> Float64[ndarray, "n
         if kind not in ("point", "index") or len(lines) < 2 or not lines[1].isdigit():
             raise ValueError(f"{path.name}: an elastix list begins with `point` or `index` and the number of points")
     elif path.suffix.lower() == ".csv" and lines and not _numbers(lines[0], path.name, 1, quiet=True):
-        columns, first = _columns(lines[0], path.name), 1
+        columns, first = _columns(lines[0], path.name, of), 1
     rows = [_numbers(line, path.name, number) for number, line in enumerate(lines[first:], start=first + 1) if line]
     named = path.suffix.lower() == ".csv" and first == 1  # else which three of more numbers would be a guess
     wrong = next((row for row in rows if (len(row) <= max(columns) if named else len(row) != 3)), None)
@@ -52,7 +53,7 @@ def read_points(path: Path, grid: Geometry | None = None) -> Float64[ndarray, "n
     if kind == "point":
         return points
     if grid is None:
-        raise ValueError(f"{path.name}: holds voxel indices; name the image that they count in")
+        raise ValueError(f"{path.name}: holds voxel indices; name the image that they count in (--fixed)")
     affine = grid.index_to_mm()
     return points @ affine[:, :3].T + affine[:, 3]
 
@@ -67,9 +68,11 @@ def write_points(path: Path, points_mm: Float[ndarray, "n 3"]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _columns(header: str, name: str) -> tuple[int, int, int]:
+def _columns(header: str, name: str, of: str | None) -> tuple[int, int, int]:
     named = [title.strip().lower().removesuffix("_mm") for title in next(csv.reader([header]))]
     found = [[at for at, title in enumerate(named) if title == axis or title.endswith(f"_{axis}")] for axis in "xyz"]
+    if of is not None and all(len(at) > 1 for at in found):
+        found = [[named.index(f"{of}_{axis}")] if f"{of}_{axis}" in named else [] for axis in "xyz"]
     if any(len(at) != 1 for at in found):
         raise ValueError(f"{name}: its header names {', '.join(named)}; expected one column each for x_mm, y_mm, z_mm")
     x, y, z = (at[0] for at in found)

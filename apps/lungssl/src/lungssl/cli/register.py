@@ -19,8 +19,9 @@ def register(
         Path | None, typer.Option(help="A pretraining run or an encoder.safetensors, to search by its features, too.")
     ] = None,
     encoder_share: Annotated[
-        float, typer.Option(help="Of the search's cost, what --encoder has: 0.5 beside MIND-SSC, 1 alone.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Of the search's cost, what --encoder has: 0.5 beside MIND-SSC (default), 1 alone."),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="A run of `finetune register`: its network instead of the search.")
     ] = None,
@@ -37,7 +38,10 @@ def register(
     inverse: Annotated[Path | None, typer.Option(help="Also write the field from moving to fixed.")] = None,
     warped: Annotated[Path | None, typer.Option(help="Also write --moving on the grid of --fixed.")] = None,
     jacobian: Annotated[
-        Path | None, typer.Option(help="Also write the change of volume, 2 where it doubles; 0 beyond the lung.")
+        Path | None,
+        typer.Option(
+            help="Also write the change of volume, on the cubes registered: 2 where it doubles, 0 beyond the lung."
+        ),
     ] = None,
     summary: Annotated[Path | None, typer.Option(help="Also write figures and doubts as .json.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also write a .png to look at.")] = None,
@@ -66,9 +70,12 @@ def register(
         "--picture": (picture, (".png",)),
         "--report": (report, (".html",)),
     }
-    given = [path.absolute() for path, _ in endings.values() if path is not None]
+    given = [path.resolve() for path, _ in endings.values() if path is not None]
     if len(set(given)) < len(given):
         raise ConfigError("two outputs have the same name; name different files")
+    for path in (fixed, moving, fixed_mask, moving_mask, fixed_landmarks, moving_landmarks):
+        if path is not None and path.resolve() in given:
+            raise ConfigError(f"{path} is an input and would be written over; name another output")
     for name, (path, suffixes) in endings.items():
         if path is None:
             continue
@@ -80,8 +87,10 @@ def register(
             raise ConfigError(f"{name} {path}: name a file in a folder that exists")
     if (fixed_landmarks is None) != (moving_landmarks is None):
         raise ConfigError("--fixed-landmarks and --moving-landmarks belong together; give both or neither")
-    if field_mm is not None and field_mm <= 0:
-        raise ConfigError(f"--field-mm {field_mm}: expected a size above 0")
+    if field_mm is not None and not 0 < field_mm < float("inf"):
+        raise ConfigError(f"--field-mm {field_mm}: expected a size in mm above 0")
+    if encoder is None and encoder_share is not None:
+        raise ConfigError("--encoder-share needs --encoder: without one MIND-SSC has all of the search's cost")
 
     from lungssl import registering
 
@@ -92,7 +101,7 @@ def register(
         moving_mask=moving_mask,
         preset=preset,
         encoder=encoder,
-        encoder_share=encoder_share,
+        encoder_share=registering.ENCODER_SHARE if encoder_share is None else encoder_share,
         model=model,
         diffeomorphic=diffeomorphic,
         landmarks=None if fixed_landmarks is None or moving_landmarks is None else (fixed_landmarks, moving_landmarks),

@@ -15,6 +15,9 @@ def warp(
         Path | None,
         typer.Option(help="Points of the fixed scan, LPS mm (.csv, .txt, .pts), to be found in the moving."),
     ] = None,
+    fixed: Annotated[
+        Path | None, typer.Option(help="The fixed scan: only for --points that are voxel indices (.pts), to count in.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Apply a displacement field: to a scan or a segmentation of the moving side, or to points of the fixed side.
@@ -29,6 +32,8 @@ def warp(
         raise ConfigError(f"-o {output} exists; name another file or give --overwrite")
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(f"-o {output}: name a file in a folder that exists")
+    if output.resolve() in {path.resolve() for path in (field, image, labels, points) if path is not None}:
+        raise ConfigError(f"-o {output} is an input and would be written over; name another file")
 
     from lungssl_data.field import read_field
     from lungssl_data.points import read_points, write_points
@@ -42,4 +47,6 @@ def warp(
     elif labels is not None:
         write_labels(output, registering.warp_labels(read_labels(labels), u_mm, grid))
     elif points is not None:
-        write_points(output, registering.warp_points(read_points(points, grid), u_mm, grid))
+        counted_in = None if fixed is None else read_volume(fixed).geometry
+        known = read_points(points, counted_in, of="exhale")
+        write_points(output, registering.warp_points(known, u_mm, grid))

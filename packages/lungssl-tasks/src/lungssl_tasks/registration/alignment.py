@@ -48,7 +48,10 @@ class AlignmentConfig:
 def align(
     fixed: PhaseScan, moving: PhaseScan, config: AlignmentConfig, *, device: torch.device
 ) -> Float[np.ndarray, "3 4"]:
-    """Fixed LPS mm to moving LPS mm, from all that both `lung` masks hold."""
+    """Fixed LPS mm to moving LPS mm, from all that both `lung` masks hold. ValueError for lungs that have no depth."""
+    for name, scan in (("fixed", fixed), ("moving", moving)):
+        if any(np.ptp(index) == 0 for index in np.nonzero(scan.lung)):
+            raise ValueError(f"the {name} lung is one voxel thin along an axis; give a mask of whole lungs")
     near, far = (_coarse(scan, config.voxel_mm) for scan in (fixed, moving))
     problem = _Problem(near, far, device)
     starts = [(problem.similarity(start), start) for start in starting_affines(fixed, moving)]

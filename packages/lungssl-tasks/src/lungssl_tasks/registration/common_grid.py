@@ -65,7 +65,7 @@ def common_grid(
         fixed_hu=F.pad(_tensor(fixed.ct_hu, device), padding, mode="replicate"),
         fixed_lung=F.pad(_tensor(fixed.lung > 0, device), padding),
         moving_hu=hu,
-        moving_lung=(lung > 0.5).float(),
+        moving_lung=(lung > 0.5).float() * seen,
         moving_seen=seen,
         spacing_mm=fixed.spacing_mm[0],
     )

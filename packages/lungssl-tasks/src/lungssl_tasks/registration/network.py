@@ -211,9 +211,9 @@ class RegistrationTask(nn.Module):
                 self._one_way(back, moving, fixed, grid.moving_lung, torch.ones_like(grid.moving_seen)),
             )
             figures = {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
-            miss = (there + warp(back, there)).square().sum(dim=1, keepdim=True)[lung]
-            figures["loss"] = figures["loss"] + self.config.consistency * miss.mean()
-            figures["disagreement_mm"] = miss.sqrt().mean() * grid.spacing_mm
+            around = [_miss(there, back)[lung & (grid.moving_seen > 0)], _miss(back, there)[grid.moving_lung > 0]]
+            figures["loss"] = figures["loss"] + self.config.consistency * torch.stack([m.mean() for m in around]).mean()
+            figures["disagreement_mm"] = around[0].detach().sqrt().mean() * grid.spacing_mm
             if pair.true_vox is not None:
                 known = lung & pair.true_vox.isfinite().all(dim=1, keepdim=True)
                 apart = torch.linalg.vector_norm(torch.where(known, there - pair.true_vox, 0.0) + 1e-6, dim=1)
@@ -304,6 +304,11 @@ class _Match(nn.Module):
         return v_vox + step + self.blocks(torch.cat([alike, fixed, v_vox], dim=1)).float()
 
 
+def _miss(there: Float[Tensor, "b 3 z y x"], back: Float[Tensor, "b 3 z y x"]) -> Float[Tensor, "b 1 z y x"]:
+    """Squared distance in voxels by which there and back again misses each voxel."""
+    return (there + warp(back, there)).square().sum(dim=1, keepdim=True)
+
+
 def correlations(
     fixed: Float[Tensor, "b c z y x"], moving: Float[Tensor, "b c z y x"], reach: int
 ) -> Float[Tensor, "b l z y x"]:
@@ -327,8 +332,9 @@ def _doubled(v_vox: Float[Tensor, "b 3 z y x"]) -> Float[Tensor, "b 3 Z Y X"]:
 
 
 def _block(inputs: int, width: int, groups: int, *, stride: int = 1) -> nn.Sequential:
+    """A kernel of 4 where the stride is 2, so that a coarse voxel's features are of its middle."""
     return nn.Sequential(
-        nn.Conv3d(inputs, width, 3, stride=stride, padding=1, bias=False),
+        nn.Conv3d(inputs, width, 2 + stride, stride=stride, padding=1, bias=False),
         nn.GroupNorm(groups, width),
         nn.LeakyReLU(0.01),
     )

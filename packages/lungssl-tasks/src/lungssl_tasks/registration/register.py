@@ -103,14 +103,17 @@ class Registration:
         start = (points_mm - self.affine[:, 3]) @ inverse.T
         found, step = start.copy(), np.ones((len(start), 1))
         error = np.full(len(start), np.inf)
+        going = np.arange(len(start))
         for _ in range(most):
-            residual = start - found - self._v_at(found)
+            residual = start[going] - found[going] - self._v_at(found[going])
             size = np.linalg.norm(residual, axis=1)
-            step = np.where((size > error)[:, None], step / 2, step)
-            error = size
-            if (error < tolerance_mm).all():
+            step[going] = np.where((size > error[going])[:, None], step[going] / 2, step[going])
+            error[going] = size
+            on = size >= tolerance_mm
+            going = going[on]
+            if not len(going):
                 break
-            found = np.where((error < tolerance_mm)[:, None], found, found + step * residual)
+            found[going] += step[going] * residual[on]
         return np.where((error < tolerance_mm)[:, None], found - points_mm, np.nan)
 
     def on_grid(self, grid: Geometry) -> Float[np.ndarray, "3 z y x"]:
@@ -181,7 +184,15 @@ def register(
         say("network")
     v_vox = descend(pair, v_vox, config.descent, say=say)
     v_vox = filled(v_vox, F.max_pool3d(pair.fixed_lung, 3, stride=1, padding=1) > 0)
-    trust = judge(pair, v_vox, disagreement_mm, affine=affine, fixed=seen[0], moving=seen[1])
+    trust = judge(
+        pair,
+        v_vox,
+        disagreement_mm,
+        affine=affine,
+        fixed=seen[0],
+        moving=seen[1],
+        descended=bool(config.descent.levels),
+    )
     z, y, x = fixed.ct_hu.shape
     v_mm = (v_vox[0, :, :z, :y, :x] * spacing_mm).cpu().numpy()
     return Registration(affine=affine, v_mm=v_mm, grid=fixed.geometry(), trust=trust)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lungssl_data.pair import PhaseScan
 from lungssl_ops.lncc import lncc
 from lungssl_ops.warp import jacobian_determinant, warp
@@ -24,6 +24,10 @@ LEAST_SIMILARITY = 0.42
 """Phantoms of 2 and 4 mm have 0.69 to 0.79, real lungs 0.53 to 0.60; strangers' lungs 0.17 to 0.34 (docs/log.md)."""
 MOST_DISAGREEMENT_MM = 3.0
 """Pairs have 0.0 to 0.7, strangers 0.9 to 1.8: it sees failures of the search, not mixed-up patients."""
+LEAST_RATIO = 0.97
+"""Moving by fixed lung, below which they are called swapped. Ours: a scan and its copy have 1, up to rounding."""
+CUT_SHARE = 0.01
+"""Of the lung's surface voxels at the edge of what was measured; a whole lung has none. Ours."""
 LUNGS = {1: "right", 2: "left"}
 
 
@@ -44,7 +48,7 @@ class Trust:
     jacobian_sd: float
     """Standard deviation of ln J, J clipped to 1e-9 .. 1e9 as Learn2Reg does."""
     volume_ratio: float
-    """Moving by fixed lung."""
+    """Moving by fixed lung: the mean Jacobian in what both scans show of it, whatever either cuts off."""
     doubts: tuple[str, ...]
     """Sentences; empty where nothing speaks against it."""
 
@@ -57,8 +61,9 @@ def judge(
     affine: Float[np.ndarray, "3 4"],
     fixed: PhaseScan,
     moving: PhaseScan,
+    descended: bool = True,
 ) -> Trust:
-    """Judge the field v of a pair."""
+    """Judge the field v of a pair. `descended`: whether descent made it: LEAST_SIMILARITY asks nothing of a search."""
     near, far = pair.lungs()
     seen = warp(pair.moving_seen, v_vox) > 0.99
     unseen_share = 1 - float((pair.fixed_lung * seen).sum() / pair.fixed_lung.sum())
@@ -68,7 +73,9 @@ def judge(
     both = inner * warped_lung
     similarity = float(lncc(near, warp(far, v_vox), window=WINDOW, eps=EPS, mask=both)) if both.any() else 0.0
     overlap = 2 * float((warped_lung & lung).sum()) / max(1.0, float(warped_lung.sum() + lung.sum()))
-    jacobian = jacobian_determinant(v_vox)[0][inner[0, 0] > 0].double() * float(np.linalg.det(affine[:, :3]))
+    whole = jacobian_determinant(v_vox)[0].double() * float(np.linalg.det(affine[:, :3]))
+    jacobian = whole[inner[0, 0] > 0]
+    shared = whole[(inner * seen)[0, 0] > 0]
     figures = {
         "overlap": overlap,
         "unseen_share": unseen_share,
@@ -76,12 +83,19 @@ def judge(
         "disagreement_mm": disagreement_mm,
         "folded_share": float((jacobian <= 0).double().mean()) if len(jacobian) else 0.0,
         "jacobian_sd": float(jacobian.clamp(1e-9, 1e9).log().std()) if len(jacobian) > 1 else 0.0,
-        "volume_ratio": _lung_mm3(moving) / _lung_mm3(fixed),
+        "volume_ratio": float(shared.mean()) if len(shared) else float("nan"),
     }
-    return Trust(**figures, doubts=tuple(_doubts(figures, fixed, moving)))
+    return Trust(**figures, doubts=tuple(_doubts(figures, fixed, moving, descended=descended)))
 
 
-def _doubts(figures: dict[str, float], fixed: PhaseScan, moving: PhaseScan) -> Iterator[str]:
+def _doubts(figures: dict[str, float], fixed: PhaseScan, moving: PhaseScan, *, descended: bool) -> Iterator[str]:
+    if unknown := [name for name, value in figures.items() if not np.isfinite(value)]:
+        yield f"{', '.join(unknown)} can't be told: hardly any lung is left to look at"
+    if (cut := cut_share(fixed)) > CUT_SHARE:
+        yield (
+            f"the fixed scan cuts the lungs ({cut:.0%} of their surface lies at its edge); what it doesn't show isn't "
+            f"registered, and near the cut the field is less exact"
+        )
     here, there = (set(np.unique(scan.lung)) & set(LUNGS) for scan in (fixed, moving))
     for name, ours, others in (("fixed", here, there), ("moving", there, here)):
         if alone := sorted(LUNGS[side] for side in ours - others):
@@ -96,24 +110,42 @@ def _doubts(figures: dict[str, float], fixed: PhaseScan, moving: PhaseScan) -> I
             f"the lungs overlap by {figures['overlap']:.2f} (Dice) after registration, expected at least "
             f"{LEAST_OVERLAP}; one scan may cut the lungs, or a mask is wrong"
         )
-    if figures["similarity"] < LEAST_SIMILARITY:
+    if descended and figures["similarity"] < LEAST_SIMILARITY:
         yield (
             f"the insides of the lungs correlate by {figures['similarity']:.2f}, expected at least {LEAST_SIMILARITY}; "
             f"look whether both scans are of one patient"
         )
     if figures["disagreement_mm"] > MOST_DISAGREEMENT_MM:
         yield (
-            f"searching there and back disagree by {figures['disagreement_mm']:.1f} mm, expected at most "
-            f"{MOST_DISAGREEMENT_MM:g}; the motion may be beyond the search's reach"
+            f"there and back disagree by {figures['disagreement_mm']:.1f} mm, expected at most "
+            f"{MOST_DISAGREEMENT_MM:g}; the motion may be beyond reach"
         )
     if figures["folded_share"] > 0:
         yield f"{figures['folded_share']:.2%} of the lung's voxels fold: volumes are not to be had from them"
-    if figures["volume_ratio"] < 1:
+    if figures["volume_ratio"] < LEAST_RATIO:
         yield (
-            f"the moving lung has {figures['volume_ratio']:.2f} times the fixed one's volume: expected exhale as fixed "
-            f"and inhale as moving; are they swapped?"
+            f"the moving lung has {figures['volume_ratio']:.2f} times the volume of the fixed one: expected exhale as "
+            f"fixed and inhale as moving; are they swapped?"
         )
 
 
-def _lung_mm3(scan: PhaseScan) -> float:
-    return float((scan.lung > 0).sum()) * float(np.prod(scan.spacing_mm))
+def cut_share(scan: PhaseScan) -> float:
+    """Of the lung's surface voxels, those that touch what wasn't measured or the end of the scan."""
+    lung, measured = scan.lung > 0, scan.valid > 0
+    surface = edge = 0
+    for axis in range(3):
+        for turn in (1, -1):
+            beside_lung, beside_measured = (_shifted(mask, axis, turn) for mask in (lung, measured))
+            outer = lung & ~beside_lung
+            surface += int(outer.sum())
+            edge += int((outer & ~beside_measured).sum())
+    return edge / max(surface, 1)
+
+
+def _shifted(mask: Bool[np.ndarray, "z y x"], axis: int, turn: int) -> Bool[np.ndarray, "z y x"]:
+    """Each voxel's neighbour along an axis; False beyond the array."""
+    moved = np.roll(mask, turn, axis)
+    end = [slice(None)] * 3
+    end[axis] = slice(0, 1) if turn == 1 else slice(-1, None)
+    moved[tuple(end)] = False
+    return moved
