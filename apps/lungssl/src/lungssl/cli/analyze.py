@@ -7,11 +7,16 @@ import typer
 
 
 def analyze(
-    exhale: Annotated[Path, typer.Option(help="A volume file (.nii.gz, .mha, .nrrd, ...) or a DICOM folder.")],
-    inhale: Annotated[Path, typer.Option(help="The same patient at inhale, likewise.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Page to write, .html; .json and .csv come beside it.")
     ],
+    exhale: Annotated[
+        Path | None, typer.Option(help="A volume file (.nii.gz, .mha, .nrrd, ...) or a DICOM folder.")
+    ] = None,
+    inhale: Annotated[Path | None, typer.Option(help="The same patient at inhale, likewise.")] = None,
+    cohort: Annotated[
+        Path | None, typer.Option(help="Instead of a pair: a folder of analyses, of which one page is made.")
+    ] = None,
     exhale_mask: Annotated[
         Path | None,
         typer.Option(help="Lungs of --exhale, non-aerated lung included; without it they are found by air."),
@@ -39,7 +44,9 @@ def analyze(
 
     Recruitment needs masks that hold non-aerated lung; lungs that are found by their air don't, and the page says so.
 
-    Example: lungssl analyze --exhale exhale.nii.gz --inhale inhale.nii.gz -o report.html
+    Example: lungssl analyze --exhale exhale.nii.gz --inhale inhale.nii.gz -o pairs/one.html
+
+    Example: lungssl analyze --cohort pairs -o cohort.html
     """
     from lungssl.errors import ConfigError
 
@@ -47,6 +54,19 @@ def analyze(
         raise ConfigError(f"-o {output}: expected a name that ends with .html")
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(f"-o {output}: name a file in a folder that exists")
+    if cohort is not None:
+        if exhale is not None or inhale is not None:
+            raise ConfigError("--cohort is of analyses that were made; leave --exhale and --inhale out")
+        if not cohort.is_dir():
+            raise ConfigError(f"--cohort {cohort}: name a folder of analyses")
+        if output.exists() and not overwrite:
+            raise ConfigError(f"{output} exists; name another -o or give --overwrite")
+        from lungssl.reports.cohort_report import write_cohort
+
+        print(f"{write_cohort(cohort, output)} pairs: {output}")
+        return
+    if exhale is None or inhale is None:
+        raise ConfigError("give --exhale and --inhale, or --cohort with a folder of analyses")
     tables = output.with_suffix(".json"), output.with_suffix(".csv")
     for path in (output, *tables):
         if path.exists() and not overwrite:
