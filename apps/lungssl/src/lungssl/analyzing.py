@@ -230,6 +230,8 @@ def _found(volume: Volume, phase: str) -> LabelMap:
 def _check_same_lungs(lungs: Mapping[str, LabelMap]) -> None:
     """DataError where one scan lacks a lung that the other has: their figures would compare different tissue."""
     sides = {phase: set(np.unique(mask.labels).tolist()) - {0} for phase, mask in lungs.items()}
+    if empty := [phase for phase, held in sides.items() if not held]:
+        raise DataError(f"no lung was found at {' and '.join(empty)}; give --exhale-mask and --inhale-mask")
     if sides["exhale"] != sides["inhale"]:
         said = {phase: " and ".join(SIDES[side] for side in sorted(held)) for phase, held in sides.items()}
         raise DataError(
