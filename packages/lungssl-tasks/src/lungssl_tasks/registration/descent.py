@@ -62,7 +62,7 @@ class DescentConfig:
     """Levels and what keeps the field smooth. Weights and window were chosen one by one on phantoms
     with voxels of 2 mm; all together are not measured (docs/log.md)."""
 
-    levels: tuple[Level, ...] = (Level(spacing_mm=4.0, iterations=40, rim=0), Level(spacing_mm=2.0, iterations=40))
+    levels: tuple[Level, ...] = (Level(spacing_mm=4.0, iterations=80, rim=0), Level(spacing_mm=2.0, iterations=40))
     diffusion: float = 0.05
     bending: float = 2.0
     folding: float = 10.0
