@@ -1,18 +1,20 @@
 """`lungssl analyze` on a phantom's files: known recruitment, what an aerated-only mask can't tell, doubts."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lungssl import analyzing
+from lungssl import analyzing, registering
 from lungssl.cli import main
 from lungssl.quality import tissue_peak_hu
 from lungssl_data.pair import PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom, write_phantom
 from lungssl_data.readers import read_labels, read_volume, write_labels
 from lungssl_data.volume import LabelMap
+from lungssl_tasks.registration.descent import DescentConfig
 from lungssl_tasks.registration.trust import cut_share
 
 
@@ -40,6 +42,13 @@ def analysed(patient: Path) -> Path:
     page = patient.parent / "page.html"
     assert analyze(patient, page, *lobes(patient), "--maps", patient.parent / "maps") == 0
     return page
+
+
+@pytest.fixture(autouse=True)
+def search_alone(analysed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't about `analysed` needs no descent."""
+    quick = dataclasses.replace(registering.PRESETS["fast"], descent=DescentConfig(levels=()))
+    monkeypatch.setitem(registering.PRESETS, "fast", quick)
 
 
 def test_recruitment_of_a_phantom_with_noise(patient: Path, analysed: Path) -> None:
