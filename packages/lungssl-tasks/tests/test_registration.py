@@ -9,7 +9,7 @@ from lungssl_data.pair import PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom
 from lungssl_data.volume import Geometry
 from lungssl_ops.warp import jacobian_determinant
-from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register
+from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register, trust
 from lungssl_tasks.registration.alignment import align
 from lungssl_tasks.registration.common_grid import CommonGrid, common_grid
 from lungssl_tasks.registration.descent import DescentConfig, Level, descend, unfolded
@@ -119,10 +119,12 @@ def test_what_speaks_against_a_registration_is_said(pair: Pair) -> None:
     assert "look whether both scans are of one patient" in " ".join(stranger.doubts)
 
 
-def test_a_search_alone_is_not_asked_for_the_similarity_of_descent(pair: Pair) -> None:
+def test_a_search_alone_is_not_asked_for_the_similarity_of_descent(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     exhale, inhale, _ = pair
+    monkeypatch.setattr(trust, "LEAST_SIMILARITY", 0.9)  # more than either has
     alone = register(exhale, inhale, dataclasses.replace(COARSE, descent=DescentConfig(levels=()))).trust
     assert not any("one patient" in doubt for doubt in alone.doubts)
+    assert any("one patient" in doubt for doubt in register(exhale, inhale, COARSE).trust.doubts)
 
 
 def test_a_lung_without_depth_is_refused(pair: Pair) -> None:

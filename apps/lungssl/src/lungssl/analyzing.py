@@ -21,13 +21,13 @@ from lungssl_tasks.aeration import Matched, Part, breath, match, of_scan, of_vol
 from lungssl_tasks.aeration.change import HYPER_HU, NON_HU, corrected_ventilation
 from lungssl_tasks.aeration.parts import LOBE_NAMES, Down
 from lungssl_tasks.aeration.precision import RECRUITMENT, below_detectable
+from lungssl_tasks.registration.trust import LUNGS
 from numpy import ndarray
 
 from lungssl.errors import ConfigError, DataError
 from lungssl.quality import Check, checks
-from lungssl.registering import Registered, lungs_of_lobes, preset_config, register_volumes
+from lungssl.registering import Registered, codes_of, lungs_of_lobes, preset_config, register_volumes
 
-SIDES = {1: "right", 2: "left"}
 PADDED_HU = -3024
 """What scanners fill corners with: `prepare_scan` never mixes it into its neighbours."""
 MaskKind = Literal["aerated", "whole"]
@@ -229,11 +229,11 @@ def _found(volume: Volume, phase: str) -> LabelMap:
 
 def _check_same_lungs(lungs: Mapping[str, LabelMap]) -> None:
     """DataError where one scan lacks a lung that the other has: their figures would compare different tissue."""
-    sides = {phase: set(np.unique(mask.labels).tolist()) - {0} for phase, mask in lungs.items()}
+    sides = {phase: codes_of(mask) for phase, mask in lungs.items()}
     if empty := [phase for phase, held in sides.items() if not held]:
         raise DataError(f"no lung was found at {' and '.join(empty)}; give --exhale-mask and --inhale-mask")
     if sides["exhale"] != sides["inhale"]:
-        said = {phase: " and ".join(SIDES[side] for side in sorted(held)) for phase, held in sides.items()}
+        said = {phase: " and ".join(LUNGS[side] for side in sorted(held)) for phase, held in sides.items()}
         raise DataError(
             f"exhale shows the {said['exhale']} lung, inhale the {said['inhale']}: give masks of the same lungs "
             f"(--exhale-mask, --inhale-mask); lungs without air aren't found by it"
@@ -242,7 +242,7 @@ def _check_same_lungs(lungs: Mapping[str, LabelMap]) -> None:
 
 def _with_sides(mask: LabelMap, volume: Volume, phase: str) -> LabelMap:
     """1 right, 2 left, of a mask that may not tell them apart."""
-    if set(np.unique(mask.labels).tolist()) - {0} == {1, 2}:
+    if codes_of(mask) == {1, 2}:
         return mask
     try:
         sides = lung_sides(mask.labels > 0, volume)

@@ -18,6 +18,7 @@ from lungssl_data.crops import PairCrops, usable_patients
 from lungssl_data.draws import draw_patients
 from lungssl_data.pair import Split
 from lungssl_data.views import ViewSampler
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.model_folder import save_model
 from lungssl_tasks.segmentation import SegmentationTask
 
@@ -32,7 +33,7 @@ from lungssl.training.step_cost import measure_steps
 
 WHOLE_LUNGS_MM = 250
 """Height and width of most adult lungs (LIDC case here: 300 x 270 mm with margins of 20 mm)."""
-LOBES = {1: "RUL", 2: "RML", 3: "RLL", 4: "LUL", 5: "LLL"}
+LOBES = LOBE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import numpy as np
 from lungssl_data.aeration_checks import scan_warnings
 from lungssl_data.pair import PhaseScan
 from lungssl_data.volume import Volume
-from lungssl_tasks.aeration import COMPARTMENTS_HU, LungVoxels, Part
+from lungssl_tasks.aeration import Aeration, LungVoxels, Part
 from lungssl_tasks.aeration.compartments import MOST_HU
 from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.registration import Trust
@@ -52,7 +52,7 @@ def checks(
     found: list[Check] = []
     for phase, role in (("exhale", "fixed"), ("inhale", "moving")):
         found += _of_scan(phase, volumes[phase], registered.scans[role])
-        found += _of_mask(phase, registered.scans[role], voxels[phase], whole=whole)
+        found += _of_mask(phase, registered.scans[role], getattr(parts["lungs"], phase), whole=whole)
     found += _of_lobes(voxels)
     return [*found, *_of_pair(parts["lungs"], registered.registration.trust, whole=whole)]
 
@@ -86,8 +86,9 @@ def _of_scan(phase: str, volume: Volume, scan: PhaseScan) -> Iterator[Check]:
         yield Check(name=f"{phase}: gas", found="", usual="", doubt=warning)
 
 
-def _of_mask(phase: str, scan: PhaseScan, voxels: LungVoxels, *, whole: bool) -> Iterator[Check]:
-    above = float((voxels.hu > MOST_HU).mean())
+def _of_mask(phase: str, scan: PhaseScan, held: Aeration, *, whole: bool) -> Iterator[Check]:
+    volume_ml = held.volume_ml + held.excluded_ml
+    above = held.excluded_ml / volume_ml
     yield Check(
         name=f"{phase}: mask above {MOST_HU:g} HU",
         found=f"{above:.1%}",
@@ -95,7 +96,7 @@ def _of_mask(phase: str, scan: PhaseScan, voxels: LungVoxels, *, whole: bool) ->
         doubt="the mask holds bone, contrast or drains" if above > MOST_EXCLUDED else None,
     )
     if whole:
-        dense = float(((voxels.hu >= COMPARTMENTS_HU["non"][0]) & (voxels.hu <= MOST_HU)).mean())
+        dense = held.compartment_ml["non"] / volume_ml
         yield Check(
             name=f"{phase}: mask without air",
             found=f"{dense:.2%} from -100 HU on",

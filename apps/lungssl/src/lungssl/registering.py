@@ -187,7 +187,7 @@ def register_volumes(
     if network is not None:
         backbone = network.encoder
     # Masks of 1 alone name no sides: both lungs are taken for one, unless the other scan's are told apart.
-    plain = {role: mask is not None and not sided and _codes(mask) == {1} for role, mask in masks.items()}
+    plain = {role: mask is not None and not sided and codes_of(mask) == {1} for role, mask in masks.items()}
     one_code = all(plain.values())
     started = time.perf_counter()
     scans: dict[str, PhaseScan] = {}
@@ -200,7 +200,7 @@ def register_volumes(
             raise DataError(f"--{role}-mask doesn't lie within --{role}; is it of another scan?")
         if mask is not None and plain[role] and not one_code:
             mask = LabelMap(labels=mask.labels * np.uint8(SIDE_UNKNOWN), geometry=mask.geometry)
-        if mask is not None and _codes(mask) & {4, 5}:
+        if mask is not None and codes_of(mask) & {4, 5}:
             mask = lungs_of_lobes(mask, f"--{role}-mask")
         try:
             scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=config.spacing_mm), lung=mask)
@@ -241,13 +241,14 @@ def register_volumes(
     )
 
 
-def _codes(mask: LabelMap) -> set[int]:
-    return set(np.unique(mask.labels).tolist()) - {0}
+def codes_of(mask: LabelMap) -> set[int]:
+    """But for 0, by counting: sorting, as `numpy.unique` does, takes seconds for a large scan."""
+    return set(np.flatnonzero(np.bincount(mask.labels.ravel())).tolist()) - {0}
 
 
 def lungs_of_lobes(lobes: LabelMap, name: str) -> LabelMap:
     """1 right, 2 left, of lobes 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL; DataError for other codes."""
-    if unknown := sorted(_codes(lobes) - set(LUNG_OF_LOBE)):
+    if unknown := sorted(codes_of(lobes) - set(LUNG_OF_LOBE)):
         raise DataError(f"{name}: unknown code {unknown[0]}; expected lobes 1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL")
     table = np.array([0, *LUNG_OF_LOBE.values()], np.uint8)
     return LabelMap(labels=table[lobes.labels], geometry=lobes.geometry)

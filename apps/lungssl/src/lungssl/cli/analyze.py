@@ -32,7 +32,7 @@ def analyze(
     aerated_masks: Annotated[
         bool, typer.Option("--aerated-masks", help="The masks lack what isn't aerated: no recruitment is given.")
     ] = False,
-    maps: Annotated[Path | None, typer.Option(help="Folder for maps (.nii.gz) on the exhale grid.")] = None,
+    maps: Annotated[Path | None, typer.Option(help="Folder for maps (.nii.gz) on the cubes registered.")] = None,
     preset: Annotated[str, typer.Option(help="Of registration: coarse, fast, default or accurate.")] = "default",
     prone: Annotated[
         bool, typer.Option("--prone", help="The patient lay face down: gravity pulls to the front.")

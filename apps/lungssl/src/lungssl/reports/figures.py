@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 from lungssl_data.pair import PhaseScan
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -17,7 +18,6 @@ from numpy import ndarray
 
 WINDOW_HU = (-1000, 200)
 """Lung window of level -400, width 1200: parenchyma and soft tissue both visible."""
-LOBE_NAMES = {1: "RUL", 2: "RML", 3: "RLL", 4: "LUL", 5: "LLL"}
 LOBE_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677")
 """Paul Tol's `bright` scheme, told apart with any colour vision."""
 PHASE_COLOURS = {"exhale": "#4477aa", "inhale": "#ee6677"}

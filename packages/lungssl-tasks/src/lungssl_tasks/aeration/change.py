@@ -82,9 +82,9 @@ def match(
         raise ValueError(f"u_mm is on a grid of {jacobian.shape}, the exhale scan has {inside.shape}")
     grid = exhale.geometry().index_to_mm()
     index = np.argwhere(inside)[:, ::-1]
-    places = index @ grid[:3, :3].T + grid[:3, 3] + u_mm[:, inside].T
-    to_index = np.linalg.inv(np.vstack([inhale.geometry().index_to_mm(), [0, 0, 0, 1]])[:4])
-    there = (places @ to_index[:3, :3].T + to_index[:3, 3])[:, ::-1].T
+    places = index @ grid[:, :3].T + grid[:, 3] + u_mm[:, inside].T
+    other = inhale.geometry().index_to_mm()
+    there = ((places - other[:, 3]) @ np.linalg.inv(other[:, :3]).T)[:, ::-1].T
     lung = ((inhale.lung > 0) & (inhale.valid > 0)).astype(np.float32)
     weight = ndimage.map_coordinates(lung, there, order=1, mode="constant", prefilter=False)
     total = ndimage.map_coordinates(lung * inhale.ct_hu, there, order=1, mode="constant", prefilter=False)

@@ -4,6 +4,8 @@ import numpy as np
 from jaxtyping import Float, Float64
 from numpy import ndarray
 
+from lungssl_tasks.registration.scores import deformation_gradient
+
 
 def principal_stretches(
     u_mm: Float[ndarray, "3 z y x"], spacing_mm: tuple[float, float, float]
@@ -11,10 +13,8 @@ def principal_stretches(
     """Length at inhale by length at exhale along the three principal directions, the largest first.
 
     Square roots of the eigenvalues of F^T F, F = I + grad u; their product is |det F|. Differences as in
-    `registration.scores.jacobian`. Green's strain along them is (stretch^2 - 1) / 2.
+    `registration.scores.deformation_gradient`. Green's strain along them is (stretch^2 - 1) / 2.
     """
-    sx, sy, sz = spacing_mm
-    rows = [np.gradient(component.astype(np.float64), sz, sy, sx)[::-1] for component in u_mm]  # d/dx, d/dy, d/dz
-    gradient = np.stack([np.stack(row, axis=-1) for row in rows], axis=-2) + np.eye(3)
+    gradient = deformation_gradient(u_mm, spacing_mm)
     squared = np.linalg.eigvalsh(np.swapaxes(gradient, -1, -2) @ gradient)
     return np.sqrt(np.maximum(squared[..., ::-1], 0.0))

@@ -101,8 +101,14 @@ def field_scores(
 
 
 def jacobian(u_mm: Float[ndarray, "3 z y x"], spacing_mm: tuple[float, float, float]) -> Float[ndarray, "z y x"]:
-    """det(I + grad u) by `numpy.gradient`: central differences, one-sided at the grid's border."""
+    """det(I + grad u), differences as in `deformation_gradient`."""
+    return np.linalg.det(deformation_gradient(u_mm, spacing_mm))
+
+
+def deformation_gradient(
+    u_mm: Float[ndarray, "3 z y x"], spacing_mm: tuple[float, float, float]
+) -> Float[ndarray, "z y x 3 3"]:
+    """I + grad u by `numpy.gradient`: central differences, one-sided at the grid's border; rows are u's components."""
     sx, sy, sz = spacing_mm
     rows = [np.gradient(component.astype(np.float64), sz, sy, sx)[::-1] for component in u_mm]  # d/dx, d/dy, d/dz
-    matrix = np.stack([np.stack(row, axis=-1) for row in rows], axis=-2) + np.eye(3)
-    return np.linalg.det(matrix)
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2) + np.eye(3)
