@@ -70,7 +70,7 @@ def test_recruitment_of_a_phantom_with_noise(patient: Path, analysed: Path) -> N
 
 def test_the_page_needs_no_other_file_and_names_nobody(analysed: Path) -> None:
     page = analysed.read_text()
-    assert len(page) < 15e6 and "http" not in page and "src=" in page
+    assert len(page) < 15e6 and "http:" not in page and "https:" not in page and "src=" in page
     assert "Research use only" in page and "Net recruitment" in page and "not measurable" not in page
     for path in analysed.parent.glob("page.*"):
         assert "JANE-DOE" not in path.read_text(), path.name

@@ -37,6 +37,9 @@ def analyze(
     prone: Annotated[
         bool, typer.Option("--prone", help="The patient lay face down: gravity pulls to the front.")
     ] = False,
+    no_viewer: Annotated[
+        bool, typer.Option("--no-viewer", help="Pictures alone in the page: some 1 MB, not 5 to 14.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
@@ -101,7 +104,7 @@ def analyze(
     analyzing.write_tables(found, *tables)
     if maps is not None:
         analyzing.write_maps(found, maps)
-    write_report(found, output)
+    write_report(found, output, viewer=not no_viewer)
     for check in found.checks:
         if check.doubt:
             print(f"DOUBT {check.name}: {check.doubt}")

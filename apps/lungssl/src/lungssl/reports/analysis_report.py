@@ -7,9 +7,11 @@ from jinja2 import Environment
 from lungssl_tasks.aeration.breath import OF_NON_AERATED
 from lungssl_tasks.aeration.change import TISSUE_HU
 from lungssl_tasks.aeration.precision import RECRUITMENT
+from markupsafe import Markup
 
 from lungssl.analyzing import NOT_MEASURABLE, Analysed
 from lungssl.reports.analysis_figures import compartments_figure, planes_figure
+from lungssl.reports.analysis_viewer import analysis_viewer
 from lungssl.reports.figures import png
 from lungssl.training.run_folder import environment
 
@@ -36,8 +38,8 @@ FIGURES = {
 COLUMNS = ("lungs", "right", "left", "RUL", "RML", "RLL", "LUL", "LLL")
 
 
-def write_report(found: Analysed, path: Path) -> None:
-    """Write a page that needs no other file."""
+def write_report(found: Analysed, path: Path, *, viewer: bool = True) -> None:
+    """Write a page that needs no other file; with a `viewer` of linked slices, some megabytes more."""
     template = (files("lungssl.reports") / "templates" / "analysis.html").read_text(encoding="utf-8")
     env = environment()
     whole = found.masks == "whole"
@@ -56,6 +58,7 @@ def write_report(found: Analysed, path: Path) -> None:
         ],
         "not_measurable": None if whole else NOT_MEASURABLE,
         "srd": f"{srd.value:g} % (95 % interval {srd.low:g} to {srd.high:g})",
+        "viewer": Markup(analysis_viewer(found)) if viewer else "",
         "planes": png(planes_figure(found), dpi=80),
         "compartments": png(compartments_figure(found), dpi=90),
         "voxel_mm": f"{found.scans['exhale'].spacing_mm[0]:g}",
