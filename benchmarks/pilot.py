@@ -7,7 +7,8 @@ Phantoms in which exhale and inhale have all (rho 1), half or nothing of their f
 move by another model for the shift test. Each part is `lungssl compare` with the overrides below, in DIR/<part>:
 killed, it goes on where it was; with `--shard i/n` several processes share it; `--encoders` leaves labels for later.
 `--report` adds what DIR holds so far to results/pilot/<part>.json, to 5 digits, and writes the tables and curves of
-docs/pilot from these files; a run without it begins with what they hold. The last line is one JSON object.
+docs/pilot from these files; a run without it begins with what they hold, with `--fresh` from nothing. The last line
+is one JSON object.
 `--quick`: one seed, 12 phantoms of 6 mm, runs of 4 steps; keep it out of a DIR that is reported.
 """
 
@@ -34,7 +35,7 @@ PARTS: dict[str, tuple[str, list[str]]] = {
     "phases-rho1": ("phases", [*PHASES["1"]]),
     "phases-rho0.5": ("phases", [*PHASES["0.5"], NO_LABELS, ENCODERS]),
     "phases-rho0": ("phases", [*PHASES["0"], NO_LABELS, ENCODERS]),
-    "methods": ("methods", [NO_LABELS]),
+    "methods": ("methods", [*PHASES["0.5"], NO_LABELS]),
 }
 QUICK = ["seeds=[0]", "phantoms.patients=12", "phantoms.spacing_mm=6", "shift.patients=2", "shift.spacing_mm=6"]
 DIGITS = 5
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--shard", default=None)
     parser.add_argument("--encoders", action="store_true")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     names = options.parts.split(",")
@@ -62,7 +64,9 @@ def main() -> None:
             keep(plan, options.out / name, results)
             outcome = kept_outcome(plan, results, HERE.parent / "docs" / "pilot" / name)
         else:
-            outcome = run(plan, options.out / name, None if options.quick else results, shard=options.shard)
+            outcome = run(
+                plan, options.out / name, None if options.quick or options.fresh else results, shard=options.shard
+            )
         if options.report or not outcome.missing:
             print(f"{name}: {write_report(outcome)}", flush=True)
         said[name] = {"missing": len(outcome.missing), "verdicts": sentences(outcome, contrasts(outcome))}
@@ -103,9 +107,10 @@ def keep(plan: Plan, folder: Path, path: Path) -> None:
     rows = {row["id"]: row for row in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
     for one in (folder / "results").glob("*.json"):
         rows[one.stem] = rounded(json.loads(one.read_text()))
-    head = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("costs", "env")}
+    head = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("costs", "env", "floors")}
     wanted = set(wanted_ids(plan, head["env"]["data"], head["env"]["shift"]))
     # Of whoever made the last stretch, with a folder of that machine.
+    head["env"]["cohort"] = plan.phantoms.name()
     head["env"]["command"] = ["uv", "run", "python", "benchmarks/pilot.py", "--out", "DIR", "--parts", folder.name]
     lines = ",\n".join(json.dumps(rows[name]) for name in sorted(wanted & set(rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +140,7 @@ def kept_outcome(plan: Plan, results: Path, folder: Path) -> Outcome:
         costs={arm: Cost(**one) for arm, one in kept["costs"].items()},
         results=rows,
         missing=[name for name in wanted if name not in rows],
+        floors=kept["floors"],
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from lungssl.cli import main
 from lungssl.cohort import CohortConfig, make_cohort
-from lungssl.comparison import estimates, runs
+from lungssl.comparison import estimates, findings, runs
 from lungssl.comparison.cost import Cost, check_fair
 from lungssl.comparison.findings import contrasts, power_note, sentences, shown_interval
 from lungssl.comparison.judging import Judge
@@ -119,7 +119,15 @@ def test_a_plans_mistakes_are_named(tmp_path: Path) -> None:
         ("primary=[landmark_mm@5]", "landmark_mm is of the encoder, without labels; write 'landmark_mm'"),
         ("primary=[shift_near_mm]", "primary 'shift_near_mm' is of a shift test, and the plan has no `shift`"),
         ("primary_contrasts=[]", "primary_contrasts is empty; leave it out"),
-        ("window_vox=0", "window_vox must be at least 1, got 0"),
+        ("window_vox=0", "window_vox must be 1 to 1024, got 0"),
+        ("window_vox=1000000", "window_vox must be 1 to 1024, got 1000000"),
+        ("primary=['dice@']", "primary 'dice@': write how many labelled patients after the @"),
+        ("seeds=[-1]", r"seeds must be 0 or more, got \[-1\]"),
+        ("contrasts=[[A4, A1], [A1, A4]]", "contrasts have A4 and A1 both ways"),
+        ("contrasts=[[affine, A1]]", "contrasts name arm 'affine'"),
+        ("arms.affine={isolates: x}", "an arm can't be called 'affine'"),
+        ("arms.A1.overrides=[seed=5]", "overrides have 'seed=5', and a plan's seeds are in `seeds`"),
+        ("labels={overrides: [seed=5]}", "overrides have 'seed=5'"),
         ("labels={patients: [5, 5]}", r"labels\.patients must be different and at least one, got \[5, 5\]"),
         ("labels={modes: []}", r"labels\.modes must be different and at least one, got \[\]"),
         ("labels={draws: 0}", r"labels\.draws must be at least 1"),
@@ -130,6 +138,13 @@ def test_a_plans_mistakes_are_named(tmp_path: Path) -> None:
         ConfigError, match=r"primary 'dice@5' is of all weights trained, and labels\.modes has no `full`"
     ):
         load_plan(plan, ["labels={patients: [5], modes: [frozen]}", "primary=[dice@5]"])
+    for text, said in (
+        ("? [a, b]\n: 1", r"key \['a', 'b'\] is no word"),
+        ("[" * 3000, "not valid YAML: nested too deep"),
+    ):
+        (tmp_path / "broken.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            load_plan(str(tmp_path / "broken.yaml"))
     odd = write_plan(tmp_path / "odd.yaml", arms=SMALL["arms"] | {"../x": {"isolates": "y", "pretrained": False}})
     with pytest.raises(ConfigError, match=r"arm '\.\./x': expected a letter or digit"):
         load_plan(str(odd))
@@ -403,7 +418,15 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     path = tmp_path / "A0-seed0-12345678.json"
     whole = {"id": path.stem, "arm": "A0", "seed": 0, "failed": None, "values": {}, "scalars": {}}
     whole |= {"seconds": 1.0, "commit": None}
-    for text in ("", "{", json.dumps(whole | {"arm": "B0"}), json.dumps(whole | {"id": "A1"}), json.dumps({"id": "x"})):
+    wrong: list[dict[str, Any]] = [
+        {"arm": "B0"},
+        {"id": "A1"},
+        {"values": None},
+        {"values": {"dice": {"p0": "0.9"}}},
+        {"scalars": {"rankme": None}},
+        {"failed": "boom", "values": {"dice": {"p0": 0.9}}},
+    ]
+    for text in ("", "{", json.dumps({"id": "x"}), *(json.dumps(whole | change) for change in wrong)):
         path.write_text(text)
         with pytest.raises(
             DataError, match=r"A0-seed0-12345678\.json: damaged, .* delete it, and the run is made again"
@@ -504,6 +527,43 @@ def test_planted_effects_are_told_in_plain_words(tmp_path: Path, shift_mm: float
     (sentence,) = sentences(outcome, contrasts(outcome))
     assert sentence.startswith("A4 against A1, landmark error:") and sentence.endswith(said)
     assert "12 patients" in sentence
+
+
+def test_what_one_seed_alone_shows_is_said_to_be_of_these_seeds(tmp_path: Path) -> None:
+    outcome = planted(tmp_path, {"A4": -1.0})
+    for patient in (figures := outcome.results["A4-1"]["values"]["landmark_mm"]):
+        figures[patient] += 1.2  # with this seed A4 is no better
+    (sentence,) = sentences(outcome, contrasts(outcome))
+    assert "A4 is better with these encoders; for other seeds it isn't shown (p 0." in sentence
+
+
+def test_arms_are_compared_with_no_encoder_at_all(tmp_path: Path) -> None:
+    outcome = planted(tmp_path, {"A4": -1.0, "A1": 0.0}, contrasts=(("A4", "affine"), ("A1", "affine")))
+    floor = {patient: 6 + 0.3 * i for i, patient in enumerate(f"p{i}" for i in range(12))}
+    outcome = dataclasses.replace(outcome, floors={"landmark_mm": floor})
+    found = {one.key: one for one in contrasts(outcome)}
+    assert all(ENDPOINTS[one.endpoint].of_places for one in found.values())
+    better, same = (found[arm, "affine", "landmark error"] for arm in ("A4", "A1"))
+    assert better.difference is not None and better.difference.mean == pytest.approx(-1.0, abs=0.05)
+    assert better.verdict() == "better" and same.verdict() == "equivalent"
+    (tmp_path / "env.json").write_text(json.dumps(environment() | {"data": "none"}))
+    assert "the coarse affine alone, no encoder" in write_report(outcome).read_text()
+
+
+def test_an_interval_holds_no_difference_that_there_cannot_be() -> None:
+    assert findings._possible((-0.2, 2.5), 1) == (-0.2, 1)
+    assert findings._possible((float("-inf"), 0.5), 1) == (float("-inf"), 0.5)
+
+
+def test_the_guides_plan_resolves(tmp_path: Path) -> None:
+    """As it stands in the guide, but for the encoder of other people that it names."""
+    guide = (Path(__file__).parents[3] / "docs" / "guide" / "compare.md").read_text()
+    text = guide.split("```yaml\n")[1].split("```")[0].replace("other/encoder.safetensors", str(tmp_path / "encoder"))
+    (tmp_path / "encoder").write_bytes(b"weights")
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = load_plan(str(tmp_path / "plan.yaml"))
+    for run in pretrain_runs(plan, "data"):
+        assert finetune_runs(plan, run)
 
 
 def test_what_lacks_a_run_has_no_answer_and_the_rest_has_one(tmp_path: Path) -> None:

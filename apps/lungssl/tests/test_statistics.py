@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from lungssl.comparison.statistics import Difference, difference, holm, studentised_intervals
+from lungssl.comparison.statistics import Difference, crossed_p, difference, holm, studentised_intervals
 from scipy import stats
 
 
@@ -68,6 +68,34 @@ def test_where_nothing_differs_one_test_in_twenty_says_so() -> None:
     rng = np.random.default_rng(5)
     p_values = [compared(experiment(rng, 0.0), draws=20).p for _ in range(600)]
     assert 0.03 < np.mean(np.array(p_values) < 0.05) < 0.07
+
+
+def test_where_encoders_differ_by_their_seeds_alone_few_say_so() -> None:
+    """Seeds crossed with patients, as spread as they, and no effect: the patients' own p finds one in most, p_crossed
+    in one of twenty at most (less: three seeds)."""
+    rng = np.random.default_rng(6)
+    found = []
+    for _ in range(400):
+        values = rng.normal(0, 1, (13, 1, 1)) + rng.normal(0, 1, (1, 3, 1)) + rng.normal(0, 0.5, (13, 3, 1))
+        one = compared(values, draws=20)
+        assert one.p_crossed is not None
+        found.append((one.p < 0.05, one.p_crossed < 0.05))
+    of_patients, of_both = np.mean(found, axis=0)
+    assert of_patients > 0.3 and of_both < 0.07
+
+
+def test_a_test_over_patients_and_seeds_in_closed_form() -> None:
+    """Rows 1 and 3, columns 0 and +-0.5, nothing left: mean 2, variance (4 + 0.5) / 4 with 1.24 degrees of freedom."""
+    values = np.array([[0.75, 1.25], [2.75, 3.25]])
+    freedom = 4.25**2 / (4.0**2 + 0.25**2)
+    assert crossed_p(values) == pytest.approx(2 * stats.t.sf(2 / np.sqrt(4.25 / 4), freedom))
+    rows = np.repeat(np.arange(1.0, 6.0)[:, None], 3, axis=1)  # seeds agree: Student's test of the patients
+    assert crossed_p(rows) == pytest.approx(stats.ttest_1samp(rows[:, 0], 0).pvalue)
+    assert crossed_p(rows.T) == pytest.approx(crossed_p(rows))
+    assert crossed_p(np.zeros((5, 3))) == 1.0 and crossed_p(np.ones((5, 3))) == 0.0
+    assert compared(np.arange(5.0)[:, None, None]).p_crossed is None
+    with pytest.raises(ValueError, match="two of each, got 5 and 1"):
+        crossed_p(np.zeros((5, 1)))
 
 
 def test_a_difference_in_closed_form() -> None:

@@ -38,7 +38,10 @@ def recipe_text(name_or_path: str | Path, kind: Kind = "recipe") -> str:
 
 def yaml_values(text: str) -> Any:
     """The values of a YAML text. Raises yaml.YAMLError, of keys that are there twice too: the last one would win."""
-    return yaml.load(text, _Strict)
+    try:
+        return yaml.load(text, _Strict)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deep") from error
 
 
 class _Strict(yaml.SafeLoader):
@@ -46,7 +49,9 @@ class _Strict(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
-            if isinstance(name, Hashable) and name in seen:
+            if not isinstance(name, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is no word", key.start_mark)
+            if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is there twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)

@@ -49,6 +49,12 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
     if not run.pretrained:
         return Cost(steps=0, samples=0, patients=0, scans=0, voxels=0, tokens=0, flops=0, displacement="")
     parts = build_pretraining(run.recipe, data, device=device)
+    stride = parts.method.export_encoder().token_stride_vox
+    if run.window_vox % stride:
+        raise ConfigError(
+            f"arm {run.arm} would be judged through windows of {run.window_vox} voxels, and its tokens are {stride} "
+            f"wide; set window_vox to a multiple of {stride}"
+        )
     seen = set(parts.crops.patients) & set(test)
     if seen:
         raise ConfigError(f"arm {run.arm} would be pretrained on {len(seen)} test patients, e.g. {min(seen)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lungssl.comparison.plan import ENDPOINTS, Plan, Regime
+from lungssl.comparison.plan import AFFINE, ENDPOINTS, Plan, Regime
 from lungssl.comparison.runs import Outcome, array_of
 from lungssl.comparison.statistics import LEAST_PATIENTS, Difference, difference, holm
 
@@ -39,11 +39,16 @@ class Contrast:
         """With the regime."""
         return ENDPOINTS[self.endpoint].title + (f", {self.regime}" if self.regime is not None else "")
 
+    def over_seeds(self) -> bool:
+        """Whether other seeds would say it, too, as far as these few tell: `p_crossed` below 0.05."""
+        found = self.difference
+        return found is not None and found.p_crossed is not None and found.p_crossed < 0.05
+
     def verdict(self) -> str:
         """`equivalent`, `better`, `worse`, `not shown` or `missing`, for the first arm.
 
         A difference that is surely within the margin is none, however sure. Else it is shown by its 95 % interval and a
-        p below 0.05, for a primary contrast the adjusted one.
+        p below 0.05, for a primary contrast the adjusted one. It's of the encoders at hand: see `over_seeds`.
         """
         found, endpoint = self.difference, ENDPOINTS[self.endpoint]
         if found is None:
@@ -72,6 +77,7 @@ def contrasts(outcome: Outcome) -> list[Contrast]:
         for name in shown_endpoints(plan)
         for regime in regimes(plan, name)
         for first, second in plan.contrasts
+        if second != AFFINE or ENDPOINTS[name].of_places
     ]
     # A primary test without an answer stays in the family: the others don't become easier by a run that failed.
     adjusted = holm({one.key: 1.0 if one.difference is None else one.difference.p for one in found if one.primary})
@@ -129,7 +135,10 @@ def _sentence(one: Contrast) -> str:
     lead = f"{about}: {found.mean:+.{digits}f}{unit} ({interval})"
     match one.verdict():
         case "better" | "worse" as verdict:
-            return f"{lead}. {one.first} is {verdict}."
+            if one.over_seeds():
+                return f"{lead}. {one.first} is {verdict}."
+            seeds = f"p {shown_p(found.p_crossed)}" if found.p_crossed is not None else "there is one"
+            return f"{lead}. {one.first} is {verdict} with these encoders; for other seeds it isn't shown ({seeds})."
         case "equivalent":
             return f"{lead}. They are equivalent, within ±{endpoint.margin:g}{unit}."
         case _:
@@ -168,7 +177,16 @@ def _difference(outcome: Outcome, first: str, second: str, endpoint: str, regime
         return None
     if not (np.isfinite(one[1]).all() and np.isfinite(other[1]).all()):
         return None
-    return difference(one[1], other[1])
+    found = difference(one[1], other[1])
+    most = ENDPOINTS[endpoint].most
+    outer, inner = (_possible(interval, most) for interval in (found.interval_95, found.interval_90))
+    return replace(found, interval_95=outer, interval_90=inner)
+
+
+def _possible(interval: tuple[float, float], most: float) -> tuple[float, float]:
+    """An interval without differences that there can't be; one without an end stays so."""
+    low, high = interval
+    return (max(-most, low) if math.isfinite(low) else low, min(most, high) if math.isfinite(high) else high)
 
 
 def arm_figures(outcome: Outcome, arm: str, endpoint: str, regime: Regime | None) -> tuple[float, float, float] | None:

@@ -12,7 +12,7 @@ from lungssl_tasks.aeration import non_aerated_mass_g
 from lungssl_tasks.model_folder import load_model
 from torch import nn
 
-from lungssl.comparison.landmarks import PairPoints, find, pair_features, points_of, position_only
+from lungssl.comparison.landmarks import PairPoints, affine_error_mm, find, pair_features, points_of, position_only
 from lungssl.comparison.probing import LobeProbe, lobes_at, probe_dice, probes_of
 from lungssl.errors import DataError
 from lungssl.evaluation import Prediction, evaluation_patients, per_patient, predict_scans
@@ -65,6 +65,32 @@ class Judge:
             values |= {f"shift_{name}": of_patient for name, of_patient in shifted.items()}
         return Judged(values=values, scalars=scalars)
 
+    def floors(self) -> Values:
+        """What the endpoints of places are with the coarse affine alone, of the same patients."""
+        values: Values = {}
+        caches = {"": (self.cache, _with_both_phases(self.cache, self.cache.split("test")))}
+        if self.shift is not None:
+            caches["shift_"] = (self.shift, _with_both_phases(self.shift, self.shift.patients))
+        for before, (cache, patients) in caches.items():
+            for patient in patients:
+                pair = self._pair(cache, patient)
+                if pair.truth_mm is None:
+                    continue
+                nearest_mm = position_only(pair)[1]
+                for name, value in (
+                    ("landmark_mm", nearest_mm),
+                    ("near_mm", nearest_mm),
+                    ("registration_mm", affine_error_mm(pair)),
+                ):
+                    values.setdefault(before + name, {})[patient] = value
+        return values
+
+    def _pair(self, cache: PairCache, patient: str) -> PairPoints:
+        key = f"{cache.folder}/{patient}"
+        if key not in self._points:
+            self._points[key] = points_of(cache, patient)
+        return self._points[key]
+
     def _places(
         self, encoder: nn.Module, side_vox: int, probes: Sequence[LobeProbe], cache: PairCache, patients: Sequence[str]
     ) -> tuple[Values, torch.Tensor]:
@@ -73,10 +99,7 @@ class Judge:
         values: Values = {name: {} for name in (*names, "position_mm", "grid_mm", "probe_dice")}
         scans = []
         for patient in patients:
-            key = f"{cache.folder}/{patient}"
-            if key not in self._points:
-                self._points[key] = points_of(cache, patient)
-            pair = self._points[key]
+            pair = self._pair(cache, patient)
             query, candidates = pair_features(encoder, pair, side_vox)
             scans += [query.mean(dim=0), candidates.mean(dim=0)]
             if pair.truth_mm is not None:

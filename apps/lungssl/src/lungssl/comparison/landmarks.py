@@ -129,6 +129,12 @@ def position_only(pair: PairPoints) -> tuple[float, float]:
     return float(floor), float(affine)
 
 
+def affine_error_mm(pair: PairPoints) -> float:
+    """Mean error of the places that the coarse affine says: what `Found.registered_mm` starts from."""
+    assert pair.truth_mm is not None
+    return float(_distance(pair.affine_places(), pair.truth_mm).mean())
+
+
 def look_up(encoder: nn.Module, pair: PairPoints, side_vox: int) -> Found:
     """Find every point by features of windows of `side_vox`."""
     return find(pair, *pair_features(encoder, pair, side_vox))

@@ -6,6 +6,7 @@ that a changed plan repeats only what the change touches. Imports no torch; reso
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,12 @@ from lungssl.errors import ConfigError, did_you_mean
 from lungssl.recipe_files import recipe_text, yaml_values
 
 Equalised = Literal["steps", "flops"]
+LARGEST_WINDOW_VOX = 1024
+"""Twice the side of a CT at its own voxels: no scan needs more."""
 ARM_NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,40}"
 """Names of arms are in those of runs' folders."""
+AFFINE = "affine"
+"""Stands in contrasts for places by the coarse affine alone, without any encoder's features."""
 Mode = Literal["full", "frozen"]
 """All weights are trained, or the decoder's alone."""
 
@@ -36,32 +41,46 @@ class Endpoint:
     higher_is_better: bool
     margin: float | None = None
     """Differences smaller than this don't matter in practice (`domain.md` F); None: no margin was set beforehand."""
+    most: float = math.inf
+    """Largest figure that there can be; the least is 0. No interval of a difference is wider."""
     of_labels: bool = False
     """Of a model learned from labels, not of the encoder alone."""
+    of_places: bool = False
+    """Has a figure for AFFINE."""
 
 
 ENDPOINTS: dict[str, Endpoint] = {
-    "landmark_mm": Endpoint(title="landmark error", unit="mm", digits=1, higher_is_better=False, margin=0.2),
-    "near_mm": Endpoint(title="landmark error near", unit="mm", digits=2, higher_is_better=False, margin=0.2),
-    "registration_mm": Endpoint(title="TRE, matched features", unit="mm", digits=2, higher_is_better=False, margin=0.2),
-    "probe_dice": Endpoint(title="lobe Dice, linear probe", unit="", digits=3, higher_is_better=True, margin=0.01),
-    "dice": Endpoint(title="lobe Dice", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True),
-    "nsd": Endpoint(title="lobe NSD at 2 mm", unit="", digits=3, higher_is_better=True, of_labels=True),
+    "landmark_mm": Endpoint(
+        title="landmark error", unit="mm", digits=1, higher_is_better=False, of_places=True, margin=0.2
+    ),
+    "near_mm": Endpoint(
+        title="landmark error near", unit="mm", digits=2, higher_is_better=False, of_places=True, margin=0.2
+    ),
+    "registration_mm": Endpoint(
+        title="TRE, matched features", unit="mm", digits=2, higher_is_better=False, of_places=True, margin=0.2
+    ),
+    "probe_dice": Endpoint(
+        title="lobe Dice, linear probe", unit="", digits=3, higher_is_better=True, most=1, margin=0.01
+    ),
+    "dice": Endpoint(title="lobe Dice", unit="", digits=3, higher_is_better=True, most=1, margin=0.01, of_labels=True),
+    "nsd": Endpoint(title="lobe NSD at 2 mm", unit="", digits=3, higher_is_better=True, most=1, of_labels=True),
     "hd95_mm": Endpoint(title="lobe HD95", unit="mm", digits=1, higher_is_better=False, of_labels=True),
     "airless_g": Endpoint(
         title="error of non-aerated mass", unit="g", digits=1, higher_is_better=False, of_labels=True
     ),
     "recruited_g": Endpoint(title="error of recruitment", unit="g", digits=1, higher_is_better=False, of_labels=True),
-    "retrieval": Endpoint(title="cross-phase retrieval, 1 / rank", unit="", digits=2, higher_is_better=True),
-    "shift_near_mm": Endpoint(title="landmark error near, shifted", unit="mm", digits=2, higher_is_better=False),
+    "retrieval": Endpoint(title="cross-phase retrieval, 1 / rank", unit="", digits=2, higher_is_better=True, most=1),
+    "shift_near_mm": Endpoint(
+        title="landmark error near, shifted", unit="mm", digits=2, higher_is_better=False, of_places=True
+    ),
     "shift_registration_mm": Endpoint(
-        title="TRE, matched features, shifted", unit="mm", digits=2, higher_is_better=False, margin=0.2
+        title="TRE, matched features, shifted", unit="mm", digits=2, higher_is_better=False, of_places=True, margin=0.2
     ),
     "shift_probe_dice": Endpoint(
-        title="lobe Dice, linear probe, shifted", unit="", digits=3, higher_is_better=True, margin=0.01
+        title="lobe Dice, linear probe, shifted", unit="", digits=3, higher_is_better=True, most=1, margin=0.01
     ),
     "shift_dice": Endpoint(
-        title="lobe Dice, shifted", unit="", digits=3, higher_is_better=True, margin=0.01, of_labels=True
+        title="lobe Dice, shifted", unit="", digits=3, higher_is_better=True, most=1, margin=0.01, of_labels=True
     ),
 }
 """TRE's margin is also that of looking up; the others are secondary and have none. `shift_`: of `Plan.shift`."""
@@ -144,7 +163,7 @@ class Plan:
     arms: dict[str, Arm]
     """By the letters of `domain.md` F, or any names."""
     contrasts: tuple[tuple[str, str], ...]
-    """Pairs of arms, first less second."""
+    """Pairs of arms, first less second. `affine` as second stands for no encoder at all."""
     primary: tuple[str, ...] = ("landmark_mm",)
     """Endpoints that the plain sentences are about, declared beforehand; with `primary_contrasts` one family of tests,
     which a test whose runs are missing or failed stays in, with p = 1.
@@ -171,12 +190,16 @@ class Plan:
                 raise ValueError(
                     f"arm {name!r}: expected a letter or digit, then up to 40 of these, '_', '.', '+', '-'"
                 )
+        if AFFINE in self.arms:
+            raise ValueError(f"an arm can't be called {AFFINE!r}, which stands for no encoder in contrasts")
         for first, second in self.contrasts:
-            for name in (first, second):
-                if name not in self.arms:
-                    raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, self.arms)}")
+            for name, known in ((first, list(self.arms)), (second, [*self.arms, AFFINE])):
+                if name not in known:
+                    raise ValueError(f"contrasts name arm {name!r}{did_you_mean(name, known)}")
             if first == second:
                 raise ValueError(f"contrasts compare {first} with itself")
+            if (second, first) in self.contrasts:
+                raise ValueError(f"contrasts have {first} and {second} both ways; one of them says it all")
         for name, values in (("contrasts", self.contrasts), ("primary", self.primary)):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be different and at least one, got {list(values)}")
@@ -184,15 +207,23 @@ class Plan:
             self._check_primary(entry)
         if self.primary_contrasts is not None and not self.primary_contrasts:
             raise ValueError("primary_contrasts is empty; leave it out for all contrasts")
-        if self.window_vox is not None and self.window_vox < 1:
-            raise ValueError(f"window_vox must be at least 1, got {self.window_vox}")
+        if self.window_vox is not None and not 1 <= self.window_vox <= LARGEST_WINDOW_VOX:
+            raise ValueError(f"window_vox must be 1 to {LARGEST_WINDOW_VOX}, got {self.window_vox}")
         if unknown := set(self.primary_contrasts or ()) - set(self.contrasts):
             raise ValueError(f"primary_contrasts has {sorted(unknown)[0]}, which contrasts hasn't")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one, got {list(self.seeds)}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must be 0 or more, got {list(self.seeds)}")
+        of_labels = self.labels.overrides if self.labels is not None else ()
+        for override in (*self.overrides, *of_labels, *(one for arm in self.arms.values() for one in arm.overrides)):
+            if override.partition("=")[0].strip() == "seed":
+                raise ValueError(f"overrides have {override!r}, and a plan's seeds are in `seeds`; drop it there")
 
     def _check_primary(self, entry: str) -> None:
-        name, _, labels = entry.partition("@")
+        name, at, labels = entry.partition("@")
+        if at and not labels:
+            raise ValueError(f"primary {entry!r}: write how many labelled patients after the @, e.g. {name}@5")
         if name not in ENDPOINTS:
             raise ValueError(f"primary names endpoint {name!r}{did_you_mean(name, ENDPOINTS)}")
         of_labels = ENDPOINTS[name].of_labels

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,17 @@ from lungssl_tasks.registration import EstimateConfig
 from lungssl.comparison import cost
 from lungssl.comparison.estimates import estimated_cache
 from lungssl.comparison.judging import Judge
-from lungssl.comparison.plan import Finetune, Plan, Pretrain, Regime, as_text, finetune_runs, pretrain_runs, shard_of
+from lungssl.comparison.plan import (
+    AFFINE,
+    Finetune,
+    Plan,
+    Pretrain,
+    Regime,
+    as_text,
+    finetune_runs,
+    pretrain_runs,
+    shard_of,
+)
 from lungssl.errors import ConfigError, DataError, TrainingError
 from lungssl.finetuning import Labels, finetune_segment
 from lungssl.pretraining import build_pretraining, cache_spacing_mm, check_spacing, pretrain
@@ -49,6 +59,8 @@ class Outcome:
     """By run id; only finished ones, failed ones too."""
     missing: list[str]
     """Ids of the plan's runs without a result."""
+    floors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Endpoint to patient to the figure of the coarse affine alone."""
 
 
 def carry_out(
@@ -83,8 +95,9 @@ def carry_out(
     for folder in (out / "runs", out / "results"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "costs.json", json.dumps({arm: one.as_dict() for arm, one in costs.items()}, indent=1))
-    write_atomic(out / "env.json", json.dumps(environment() | about, indent=1))
-    worker = _Worker(caches=caches, judge=Judge(cache, shifted), out=out, device=device)
+    write_atomic(out / "env.json", json.dumps(environment() | about | {"cohort": data.name}, indent=1))
+    judge = Judge(cache, shifted)
+    worker = _Worker(caches=caches, judge=judge, out=out, device=device)
     mine = [step for run in shard_of(runs, shard) for step in (run, *finetune_runs(plan, run))]
     todo = [step for step in mine if not worker.result(step.id).is_file()]
     say(f"{len(mine)} runs{f' in shard {shard}' if shard else ''}, {len(mine) - len(todo)} of them finished before")
@@ -97,8 +110,15 @@ def carry_out(
             say("another process makes it; left out")
     wanted = wanted_ids(plan, **about)
     results = {name: read_result(worker.result(name)) for name in wanted if worker.result(name).is_file()}
+    floors = judge.floors()
+    write_atomic(out / "floors.json", json.dumps(floors, indent=1))
     return Outcome(
-        folder=out, plan=plan, costs=costs, results=results, missing=[name for name in wanted if name not in results]
+        folder=out,
+        plan=plan,
+        costs=costs,
+        results=results,
+        missing=[name for name in wanted if name not in results],
+        floors=floors,
     )
 
 
@@ -108,7 +128,10 @@ def read_result(path: Path) -> dict[str, Any]:
         row = json.loads(path.read_text(encoding="utf-8"))
         whole = row["id"] == path.stem and path.stem.startswith(row["arm"])
         whole = whole and {"seed", "failed", "values", "scalars", "seconds", "commit"} <= set(row)
-    except (ValueError, TypeError, KeyError):
+        figures = [*row["scalars"].values(), *(value for of in row["values"].values() for value in of.values())]
+        whole = whole and all(isinstance(value, int | float) for value in figures)
+        whole = whole and (row["failed"] is None or (isinstance(row["failed"], str) and not figures))
+    except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         raise DataError(f"{path}: damaged, or not the result of this run; delete it, and the run is made again")
@@ -301,7 +324,16 @@ def _whole(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
 def array_of(
     outcome: Outcome, arm: str, endpoint: str, regime: Regime | None = None
 ) -> tuple[list[str], np.ndarray] | None:
-    """Patients, and figures [patients, seeds, draws] of an arm; None where a run of them failed or is missing."""
+    """Patients, and figures [patients, seeds, draws] of an arm; None where a run of them failed or is missing.
+
+    The arm AFFINE has the floors, the same for every seed.
+    """
+    if arm == AFFINE:
+        floor = outcome.floors.get(endpoint)
+        if not floor:
+            return None
+        one = np.array([floor[patient] for patient in sorted(floor)])
+        return sorted(floor), np.repeat(one[:, None, None], len(outcome.plan.seeds), axis=1)
     rows = [
         row
         for row in outcome.results.values()

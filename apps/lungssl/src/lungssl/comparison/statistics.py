@@ -1,8 +1,8 @@
 """What the difference between two arms is worth, with the patient as the unit (`domain.md` F).
 
 Figures are arrays [patients, seeds, draws]: each test patient is judged by every pretraining seed and every draw of
-labels, paired between arms. Intervals and tests are about patients, for the encoders and draws at hand; how much
-another seed would give is shown apart, as `seed_sd`: three seeds are too few to infer from.
+labels, paired between arms. Intervals and tests are about patients, for the encoders and draws at hand. How much
+another seed would give is shown apart: `seed_sd`, and `p_crossed` of a test that counts seeds as a sample, too.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -36,6 +36,9 @@ class Difference:
     patients: int
     seed_sd: float | None
     """Standard deviation over seeds of the mean difference; None for one seed."""
+    p_crossed: float | None
+    """Two-sided, of the mean with patients and seeds both drawn at random; None for one seed. A check beside `p`: with
+    three seeds it finds only differences that all of them show alike."""
     patient_sd: float
     """Standard deviation over patients of the differences that seeds and draws were averaged in."""
 
@@ -87,8 +90,40 @@ def difference(
         effect=0.0 if spread == 0 else float(of_patient.mean()) / spread * (1 - 3 / (4 * (n - 1) - 1)),
         patients=n,
         seed_sd=float(values.mean(axis=(0, 2)).std(ddof=1)) if values.shape[1] > 1 else None,
+        p_crossed=crossed_p(values.mean(axis=2)) if values.shape[1] > 1 else None,
         patient_sd=spread,
     )
+
+
+def crossed_p(values: Float[ndarray, "patients seeds"]) -> float:
+    """p of the mean of a two-way table whose rows and columns are both samples, against 0; two-sided.
+
+    Random effects of patient and seed, crossed: the mean's variance is (M_p + M_s - M_e) / (patients x seeds), of the
+    mean squares of rows, columns and what is left, and no less than that of rows or of columns alone; Student's t with
+    Satterthwaite's degrees of freedom (1946, doi:10.2307/3002019; the crossed design as in Clark 1973,
+    doi:10.1016/S0022-5371(73)80014-3). Raises ValueError for fewer than two of either.
+    """
+    from scipy.stats import t
+
+    n, k = values.shape
+    if min(n, k) < 2:
+        raise ValueError(f"a test over patients and seeds needs two of each, got {n} and {k}")
+    mean = values.mean()
+    rows, columns = values.mean(axis=1), values.mean(axis=0)
+    of_rows, of_columns = k * rows.var(ddof=1), n * columns.var(ddof=1)
+    rest = (values - rows[:, None] - columns + mean) ** 2
+    of_rest = rest.sum() / ((n - 1) * (k - 1))
+    squares = {"both": of_rows + of_columns - of_rest, "rows": of_rows, "columns": of_columns}
+    which = max(squares, key=lambda name: squares[name])
+    if squares[which] <= 0:
+        return 1.0 if mean == 0 else 0.0
+    freedom = {
+        "rows": n - 1,
+        "columns": k - 1,
+        "both": squares["both"] ** 2
+        / (of_rows**2 / (n - 1) + of_columns**2 / (k - 1) + of_rest**2 / ((n - 1) * (k - 1))),
+    }[which]
+    return float(2 * t.sf(abs(mean) / np.sqrt(squares[which] / (n * k)), freedom))
 
 
 def studentised_intervals(

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ from lungssl.comparison.findings import (
     shown_interval,
     shown_p,
 )
-from lungssl.comparison.plan import ENDPOINTS, Regime, as_text
+from lungssl.comparison.plan import AFFINE, ENDPOINTS, Regime, as_text
 from lungssl.comparison.runs import Outcome, array_of
 from lungssl.reports.figures import png
 
 CAVEAT = (
     "Intervals and tests are over patients, for the encoders and draws of labels at hand; how much another seed gives "
-    "is shown apart (SD over seeds). Contrasts of primary endpoints are adjusted together (Holm); all others are "
-    "exploratory, each shown by its own p below 0.05. Equivalence isn't adjusted."
+    "is shown apart (SD over seeds; p, seeds too: patients and seeds both as samples). Contrasts of primary endpoints "
+    "are adjusted together (Holm); all others are exploratory, each shown by its own p below 0.05. Equivalence isn't "
+    "adjusted."
 )
 
 
@@ -48,9 +49,12 @@ def write_report(outcome: Outcome, found: Sequence[Contrast] | None = None) -> P
         "title": outcome.plan.title,
         "caveat": " ".join(filter(None, [CAVEAT, power_note(found)])),
         "sentences": sentences(outcome, found),
-        "arms": arm_rows(outcome),
+        "about": about(outcome, environment),
+        "arms": arm_rows(outcome, primary=True),
+        "all_arms": arm_rows(outcome, primary=False),
         "costs": cost_rows(outcome),
-        "contrasts": contrast_rows(found),
+        "contrasts": contrast_rows([one for one in found if one.primary]),
+        "exploratory": contrast_rows([one for one in found if not one.primary]),
         "failures": failure_rows(outcome),
         "leakage": leakage_rows(outcome),
         "missing": outcome.missing,
@@ -64,7 +68,9 @@ def write_report(outcome: Outcome, found: Sequence[Contrast] | None = None) -> P
     markdown = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     text = markdown.from_string((templates / "comparison.md").read_text(encoding="utf-8")).render(_for_markdown(page))
     (outcome.folder / "report.md").write_text(text, encoding="utf-8")
-    figures = {"forest": png(forest_figure(found))}
+    figures = {"forest": png(forest_figure([one for one in found if one.primary]))}
+    if exploratory := [one for one in found if not one.primary]:
+        figures["exploratory"] = png(forest_figure(exploratory))
     if outcome.plan.labels is not None:
         figures["labels"] = png(label_figure(outcome))
     html = Environment(autoescape=True).from_string((templates / "comparison.html").read_text(encoding="utf-8"))
@@ -74,12 +80,34 @@ def write_report(outcome: Outcome, found: Sequence[Contrast] | None = None) -> P
     return path
 
 
-def arm_rows(outcome: Outcome) -> list[dict[str, str]]:
-    """A row per arm: each endpoint's mean, with its standard deviations over patients and over seeds."""
+def about(outcome: Outcome, environment: Mapping[str, Any]) -> str | None:
+    """The phantoms that a plan was carried out on; None for other data, or where that wasn't noted."""
+    plan = outcome.plan
+    if environment.get("cohort") != plan.phantoms.name():
+        return None
+    sets = [("Phantoms", plan.phantoms)] + ([("for the shift test", plan.shift)] if plan.shift is not None else [])
+    said = [
+        f"{what}: {one.patients}, voxels of {one.spacing_mm:g} mm, phases with {one.texture_rho:.0%} of their fine "
+        f"texture in common, motion {one.motion}"
+        for what, one in sets
+    ]
+    return f"{'; '.join(said)}."
+
+
+def arm_rows(outcome: Outcome, *, primary: bool) -> list[dict[str, str]]:
+    """A row per arm, and one of the coarse affine alone: each endpoint's mean, or the primary ones', with its standard
+    deviations over patients and over seeds.
+    """
     rows = []
-    for name, arm in outcome.plan.arms.items():
-        row = {"arm": name, "isolates": arm.isolates}
+    isolates = {name: arm.isolates for name, arm in outcome.plan.arms.items()}
+    if outcome.floors:
+        isolates[AFFINE] = "the coarse affine alone, no encoder"
+    declared = {entry.partition("@")[0] for entry in outcome.plan.primary}
+    for name, why in isolates.items():
+        row = {"arm": name, "isolates": why}
         for endpoint in shown_endpoints(outcome.plan):
+            if primary and endpoint not in declared:
+                continue
             about = ENDPOINTS[endpoint]
             for regime in regimes(outcome.plan, endpoint):
                 found = arm_figures(outcome, name, endpoint, regime)
@@ -123,7 +151,8 @@ def contrast_rows(found: Sequence[Contrast]) -> list[dict[str, str]]:
         row = {"contrast": f"{one.first} − {one.second}", "endpoint": one.endpoint_title()}
         row["family"] = "primary" if one.primary else "exploratory"
         if value is None:
-            rows.append(row | dict.fromkeys(("difference", "95 %", "p", "p, Holm", "effect", "SD, seeds"), "–"))
+            names = ("difference", "95 %", "p", "p, Holm", "p, seeds too", "effect", "SD, seeds")
+            rows.append(row | dict.fromkeys(names, "–"))
         else:
             rows.append(
                 row
@@ -132,11 +161,13 @@ def contrast_rows(found: Sequence[Contrast]) -> list[dict[str, str]]:
                     "95 %": shown_interval(value, endpoint.digits),
                     "p": shown_p(value.p),
                     "p, Holm": "" if one.p_holm is None else shown_p(one.p_holm),
+                    "p, seeds too": "–" if value.p_crossed is None else shown_p(value.p_crossed),
                     "effect": f"{value.effect:+.2f}",
                     "SD, seeds": "–" if value.seed_sd is None else f"{value.seed_sd:.{endpoint.digits}f}",
                 }
             )
-        rows[-1]["verdict"] = one.verdict()
+        verdict = one.verdict()
+        rows[-1]["verdict"] = verdict + ", these seeds" * (verdict in ("better", "worse") and not one.over_seeds())
     return rows
 
 
