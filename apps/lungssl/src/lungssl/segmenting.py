@@ -1,6 +1,8 @@
 """One scan in, one mask out, on the scan's own grid."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ class Segmented:
 
     mask: LabelMap
     names: dict[int, str]
+    made_by: Mapping[str, object]
+    """Method, and what identifies a model."""
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each structure in millilitres."""
@@ -35,15 +39,16 @@ def segment_lungs(volume: Volume) -> Segmented:
     mask = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
     if problem := plausibility(mask.labels, mask.geometry):
         raise LungMaskError(problem)
-    return Segmented(mask=mask, names=LUNG_NAMES)
+    return Segmented(mask=mask, names=LUNG_NAMES, made_by={"method": "lungs by their air, no training"})
 
 
 def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> Segmented:
     """Labels of a fine-tuned model: the scan is prepared as the cache prepares it, predicted, and brought back."""
     from lungssl_tasks.inference import predict_labels
-    from lungssl_tasks.model_folder import load_model
+    from lungssl_tasks.model_folder import WEIGHTS, load_model
 
-    model, card = load_model(model_folder(folder))
+    folder = model_folder(folder)
+    model, card = load_model(folder)
     if len(set(card.spacing_mm)) > 1:
         raise ConfigError(f"{folder}: trained at {card.spacing_mm} mm; only isotropic models can be applied to scans")
     scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=card.spacing_mm[0]))
@@ -51,7 +56,16 @@ def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> 
     own_grid: UInt8[ndarray, "z y x"] = resample_labels(
         LabelMap(labels=labels, geometry=scan.geometry()), volume.geometry
     )
-    return Segmented(mask=LabelMap(labels=own_grid, geometry=volume.geometry), names=card.labels)
+    with (folder / WEIGHTS).open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    made_by = {
+        "method": "fine-tuned model",
+        "backbone": card.backbone,
+        "voxel_mm": card.spacing_mm[0],
+        "weights_sha256": weights,
+        "versions": card.versions,
+    }
+    return Segmented(mask=LabelMap(labels=own_grid, geometry=volume.geometry), names=card.labels, made_by=made_by)
 
 
 def model_folder(path: Path) -> Path:
@@ -64,6 +78,19 @@ def describe(segmented: Segmented) -> str:
     return "\n".join(f"{name:>12}: {volume:8.1f} ml" for name, volume in segmented.volumes_ml().items())
 
 
-def write_report(segmented: Segmented, path: Path) -> None:
-    """The volumes as JSON."""
-    path.write_text(json.dumps({"volumes_ml": segmented.volumes_ml()}, indent=2), encoding="utf-8")
+def write_report(segmented: Segmented, path: Path, *, seconds: float) -> None:
+    """What was found, and by what, as JSON: no file name, nothing of the patient."""
+    from lungssl.training.run_folder import environment
+
+    env = environment()
+    held = {
+        "research_use_only": True,
+        "volumes_ml": {name: round(ml, 3) for name, ml in segmented.volumes_ml().items()},
+        "labels": {code: name for code, name in segmented.names.items()},
+        "grid": {"shape_zyx": segmented.mask.labels.shape, "spacing_mm": segmented.mask.geometry.spacing_mm},
+        "made_by": dict(segmented.made_by),
+        "versions": env["versions"],
+        "commit": env["commit"],
+        "seconds": round(seconds, 1),
+    }
+    path.write_text(json.dumps(held, indent=1), encoding="utf-8")

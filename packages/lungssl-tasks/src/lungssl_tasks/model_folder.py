@@ -29,7 +29,7 @@ from lungssl_tasks.segmentation import SegmentationModel
 FORMAT = "lungssl-segmentation-1"
 REGISTRATION_FORMAT = "lungssl-registration-1"
 Model = TypeVar("Model", bound=nn.Module)
-_CARD, _WEIGHTS = "model.json", "model.safetensors"
+_CARD, WEIGHTS = "model.json", "model.safetensors"
 
 
 class ModelFolderError(ValueError):
@@ -108,10 +108,10 @@ def _write(folder: Path, card: dict[str, Any], model: nn.Module, extra: Mapping[
         new = Path(scratch) / "new"
         new.mkdir()
         save_file(
-            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, new / _WEIGHTS
+            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, new / WEIGHTS
         )
         (new / _CARD).write_text(text, encoding="utf-8")
-        for path in (new / _WEIGHTS, new / _CARD, new):
+        for path in (new / WEIGHTS, new / _CARD, new):
             _fsync(path)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
@@ -163,7 +163,7 @@ def model_format(folder: Path) -> str | None:
 def _read(
     folder: Path, expected: str, build: Callable[[Encoder, dict[str, Any]], Model]
 ) -> tuple[Model, dict[str, Any]]:
-    for name in (_CARD, _WEIGHTS):
+    for name in (_CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelFolderError(
                 f"{folder} is not a model folder: {name} is missing; give the folder that `lungssl finetune` exported"
@@ -192,11 +192,9 @@ def _read(
             "use the version that wrote it (`versions` in model.json)"
         ) from error
     try:
-        model.load_state_dict(load_file(folder / _WEIGHTS))
+        model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
-        raise ModelFolderError(
-            f"{folder / _WEIGHTS} does not fit model.json: {error}; copy the folder again"
-        ) from error
+        raise ModelFolderError(f"{folder / WEIGHTS} does not fit model.json: {error}; copy the folder again") from error
     model.eval()
     return model, card
 

@@ -42,6 +42,18 @@ def read_slices(files: Sequence[Path]) -> Volume:
         raise VolumeError(error.problem, name=name) from error
 
 
+def files_in_order(path: Path) -> list[Path]:
+    """The files of the series and phase that `read` takes, one a slice of its volume, in the order of the slices.
+
+    Raises VolumeError as `read`.
+    """
+    try:
+        stack, _ = ordered(_one_group(path).slices)
+    except VolumeError as error:
+        raise VolumeError(error.problem, name=path.name) from error
+    return [one.path for one in stack]
+
+
 def _volume(slices: Sequence[Slice]) -> Volume:
     stack, geometry = ordered(slices)
     return Volume(hu=read_hu(stack), geometry=geometry)
