@@ -546,6 +546,15 @@ def test_arms_are_compared_with_no_encoder_at_all(tmp_path: Path) -> None:
     better, same = (found[arm, "affine", "landmark error"] for arm in ("A4", "A1"))
     assert better.difference is not None and better.difference.mean == pytest.approx(-1.0, abs=0.05)
     assert better.verdict() == "better" and same.verdict() == "equivalent"
+    outcome = dataclasses.replace(
+        outcome, plan=dataclasses.replace(outcome.plan, contrasts=(("A1", "A0"), *outcome.plan.contrasts),
+                                          primary_contrasts=(("A1", "A0"),))
+    )  # fmt: skip
+    said = sentences(outcome, contrasts(outcome))
+    assert said[1:] == [
+        "landmark error: the coarse affine alone, without any encoder, has 7.6 mm. Shown to be better than it "
+        "(exploratory): A4 of A4, A1."
+    ]
     (tmp_path / "env.json").write_text(json.dumps(environment() | {"data": "none"}))
     assert "the coarse affine alone, no encoder" in write_report(outcome).read_text()
 

@@ -99,8 +99,26 @@ def regimes(plan: Plan, endpoint: str) -> Sequence[Regime | None]:
 
 
 def sentences(outcome: Outcome, found: Sequence[Contrast]) -> list[str]:
-    """One plain sentence for each primary contrast, whichever way it fell."""
-    return [_sentence(one) for one in found if one.primary]
+    """One plain sentence for each primary contrast, whichever way it fell, and for what needs no encoder at all."""
+    return [_sentence(one) for one in found if one.primary] + _floors(outcome, found)
+
+
+def _floors(outcome: Outcome, found: Sequence[Contrast]) -> list[str]:
+    """Which arms are better than the coarse affine alone, by each primary endpoint of places that the plan compares."""
+    said = []
+    for name in dict.fromkeys(entry.partition("@")[0] for entry in outcome.plan.primary):
+        against = [one for one in found if one.second == AFFINE and one.endpoint == name and not one.primary]
+        figure = arm_figures(outcome, AFFINE, name, None)
+        if not against or figure is None:
+            continue
+        endpoint = ENDPOINTS[name]
+        better = [one.first for one in against if one.verdict() == "better"]
+        said.append(
+            f"{endpoint.title}: the coarse affine alone, without any encoder, has {figure[0]:.{endpoint.digits}f} "
+            f"{endpoint.unit}. Shown to be better than it (exploratory): {', '.join(better) or 'none'} of "
+            f"{', '.join(one.first for one in against)}."
+        )
+    return said
 
 
 def power_note(found: Sequence[Contrast]) -> str | None:

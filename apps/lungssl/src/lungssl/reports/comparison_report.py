@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -134,7 +135,7 @@ def cost_rows(outcome: Outcome) -> list[dict[str, str]]:
                 "voxels": f"{cost.voxels / 1e6:,.0f} M",
                 "tokens": f"{cost.tokens / 1e3:,.0f} k",
                 "TFLOP": f"{cost.flops / 1e12:,.2f}",
-                "displacement": cost.displacement or "not used",
+                "displacement": re.sub(r" \(\w+Config\(.*", "", cost.displacement) or "not used",
                 "registration, min": f"{cost.registration_s / 60:.1f}",
                 "runs": str(len(runs)),
                 "minutes, all runs": f"{sum(row['seconds'] for row in runs) / 60:.1f}",
