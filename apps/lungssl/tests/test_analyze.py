@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from lungssl import analyzing, registering
 from lungssl.cli import main
 from lungssl.quality import tissue_peak_hu
+from lungssl_backbones import create_backbone
+from lungssl_backbones.weights import save_encoder
 from lungssl_data.pair import PhaseScan
 from lungssl_data.phantom import PhantomConfig, make_phantom, write_phantom
 from lungssl_data.readers import read_labels, read_volume, write_labels
 from lungssl_data.volume import LabelMap
 from lungssl_tasks.registration.descent import DescentConfig
 from lungssl_tasks.registration.trust import cut_share
+from scipy.ndimage import binary_erosion
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +29,13 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def sitk_values(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
 def analyze(patient: Path, output: Path, *more: object) -> int:
     images = ["--exhale", patient / "exhale.nii.gz", "--inhale", patient / "inhale.nii.gz"]
-    return main(["analyze", *map(str, images), "-o", str(output), "--preset", "fast", *map(str, more)])
+    return main(["analyze", *map(str, images), "-o", str(output), "--preset", "fast", "--no-viewer", *map(str, more)])
 
 
 def lobes(patient: Path) -> list[str]:
@@ -40,7 +48,11 @@ def lobes(patient: Path) -> list[str]:
 def analysed(patient: Path) -> Path:
     """The page of the pair with its true lobes, and maps."""
     page = patient.parent / "page.html"
-    assert analyze(patient, page, *lobes(patient), "--maps", patient.parent / "maps") == 0
+    encoder = patient.parent / "encoder.safetensors"
+    save_encoder(create_backbone("resenc_tiny", spacing_mm=4.0, widths=(8, 8, 8), depths=(1, 1, 1)), encoder)
+    images = ["--exhale", patient / "exhale.nii.gz", "--inhale", patient / "inhale.nii.gz", *lobes(patient)]
+    more = ["-o", page, "--preset", "fast", "--maps", patient.parent / "maps", "--encoder", encoder]
+    assert main(["analyze", *map(str, [*images, *more])]) == 0
     return page
 
 
@@ -71,6 +83,7 @@ def test_recruitment_of_a_phantom_with_noise(patient: Path, analysed: Path) -> N
 def test_the_page_needs_no_other_file_and_names_nobody(analysed: Path) -> None:
     page = analysed.read_text()
     assert len(page) < 15e6 and "http:" not in page and "https:" not in page and "src=" in page
+    assert "An encoder's features" in page and 'id="viewer-volume-2"' in page
     assert "Research use only" in page and "Net recruitment" in page and "not measurable" not in page
     for path in analysed.parent.glob("page.*"):
         assert "JANE-DOE" not in path.read_text(), path.name
@@ -86,6 +99,10 @@ def test_maps_show_where_tissue_opened(patient: Path, analysed: Path) -> None:
     back = np.argwhere(recruited)[:, 1].mean() - np.argwhere(lung.labels > 0)[:, 1].mean()
     assert back > 0  # collapse, and what opens of it, lies in the back
     assert {path.name for path in maps.iterdir()} == set(analyzing.MAPS)
+    stretch, jacobian = (sitk_values(maps / f"map_{name}.nii.gz") for name in ("stretch", "jacobian"))
+    inside = binary_erosion(lung.labels > 0, iterations=2)
+    assert (stretch[inside] > 0.99 * np.cbrt(jacobian[inside])).mean() > 0.99  # the largest of three with that product
+    assert 1.05 < np.median(stretch[inside]) < 1.5 and not stretch[lung.labels == 0].any()
 
 
 def test_a_mask_of_aerated_lung_only_gives_no_recruitment(

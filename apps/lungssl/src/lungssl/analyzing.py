@@ -21,6 +21,7 @@ from lungssl_tasks.aeration import Matched, Part, breath, match, of_scan, of_vol
 from lungssl_tasks.aeration.change import HYPER_HU, NON_HU, corrected_ventilation
 from lungssl_tasks.aeration.parts import LOBE_NAMES, Down
 from lungssl_tasks.aeration.precision import RECRUITMENT, below_detectable
+from lungssl_tasks.aeration.strain import principal_stretches
 from lungssl_tasks.registration.trust import LUNGS
 from numpy import ndarray
 
@@ -34,7 +35,7 @@ MaskKind = Literal["aerated", "whole"]
 """Of what the lung masks hold: the air-filled lung alone, or also what isn't aerated."""
 NOT_MEASURABLE = "not measurable: aerated-only mask"
 ROLES = {"exhale": "fixed", "inhale": "moving"}
-MAPS = tuple(f"map_{name}.nii.gz" for name in ("jacobian", "gas_gain", "inhale_hu", "events", "lung"))
+MAPS = tuple(f"map_{name}.nii.gz" for name in ("jacobian", "stretch", "gas_gain", "inhale_hu", "events", "lung"))
 EVENTS = {1: "recruited", 2: "derecruited", 3: "hyperinflated"}
 """Codes of the map of what became of tissue."""
 
@@ -71,6 +72,16 @@ class Analysed:
     def jacobian(self) -> Float32[ndarray, "z y x"]:
         """Volume at inhale by that at exhale, on the exhale grid; 0 beyond the lung."""
         return self.registered.jacobian()[0]
+
+    def motion_mm(self) -> Float32[ndarray, "3 z y x"]:
+        """u on the exhale grid."""
+        return self.registered.registration.on_grid(self.scans["exhale"].geometry())
+
+    def stretch(self) -> Float32[ndarray, "z y x"]:
+        """Length at inhale by that at exhale along the direction that grows most; 0 beyond the lung."""
+        scan = self.scans["exhale"]
+        largest = principal_stretches(self.motion_mm(), scan.spacing_mm)[..., 0]
+        return np.where(scan.lung > 0, largest, 0).astype(np.float32)
 
     def events(self) -> UInt8[ndarray, "z y x"]:
         """EVENTS on the exhale grid."""
@@ -290,6 +301,7 @@ def write_maps(found: Analysed, folder: Path) -> None:
     grid = found.scans["exhale"].geometry()
     for name, image in (
         ("jacobian", found.jacobian()),
+        ("stretch", found.stretch()),
         ("gas_gain", found.gas_gain()),
         ("inhale_hu", found.matched_hu()),
     ):

@@ -37,6 +37,9 @@ def analyze(
     prone: Annotated[
         bool, typer.Option("--prone", help="The patient lay face down: gravity pulls to the front.")
     ] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Show what an encoder (a .safetensors file) makes of both phases, as colours.")
+    ] = None,
     no_viewer: Annotated[
         bool, typer.Option("--no-viewer", help="Pictures alone in the page: some 1 MB, not 5 to 14.")
     ] = False,
@@ -77,8 +80,11 @@ def analyze(
     if maps is not None and maps.exists() and (not maps.is_dir() or any(maps.iterdir())) and not overwrite:
         raise ConfigError(f"--maps {maps} is in use; name a new folder or give --overwrite")
 
+    from lungssl_backbones.weights import load_encoder
+
     from lungssl import analyzing
     from lungssl.cli import BANNER
+    from lungssl.finetuning import encoder_file
     from lungssl.reports.analysis_report import write_report
 
     written = {path.resolve() for path in (output, *tables)}
@@ -87,6 +93,7 @@ def analyze(
         if path is not None and path.resolve() in written:
             raise ConfigError(f"{path} is an input and would be written over; name another output")
 
+    shown = None if encoder is None else load_encoder(encoder_file(encoder))
     found = analyzing.analyse_files(
         exhale,
         inhale,
@@ -104,7 +111,7 @@ def analyze(
     analyzing.write_tables(found, *tables)
     if maps is not None:
         analyzing.write_maps(found, maps)
-    write_report(found, output, viewer=not no_viewer)
+    write_report(found, output, viewer=not no_viewer, encoder=shown)
     for check in found.checks:
         if check.doubt:
             print(f"DOUBT {check.name}: {check.doubt}")

@@ -19,6 +19,12 @@ EVENT_COLOURS = {"recruited": "#228833", "derecruited": "#aa3377", "hyperinflate
 DIFFERENCE_HU = 300.0
 """Colours end there: a deep breath takes some 100 to 200 HU off."""
 VOLUME_CHANGE = (0.5, 2.0)
+ARROWS_MM = 14.0
+"""Between arrows: some ten across a lung."""
+APEX_SHARE = 0.05
+"""Of the lungs' height: what hardly moves in a breath, and is taken as standing still."""
+MOST_STRETCH = 1.8
+"""Colours end there: along its way the base of a lung grows by a half and more in a deep breath."""
 PLANES = ("coronal", "sagittal", "axial")
 
 
@@ -76,6 +82,44 @@ def planes_figure(found: Analysed) -> Figure:
         shown = {name: colour for name, colour in shown.items() if name not in ("recruited", "derecruited")}
     handles = [Patch(color=colour, label=name) for name, colour in shown.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10, frameon=False)
+    return figure
+
+
+def motion_figure(found: Analysed) -> Figure:
+    """Where points of the exhale lungs go, beside their apices, and how much lung is stretched along its way."""
+    scan = found.scans["exhale"]
+    lung, spacing = scan.lung > 0, np.asarray(scan.spacing_mm)
+    u_mm = found.motion_mm()
+    heights = np.flatnonzero(lung.any(axis=(1, 2)))
+    top = lung.copy()
+    top[: round(float(np.quantile(heights, 1 - APEX_SHARE)))] = False
+    u_mm = u_mm - u_mm[:, top].mean(axis=1).reshape(3, 1, 1, 1)
+    stretch = np.where(lung, found.stretch(), np.nan)
+    place = lung_centre_mm(scan)
+    side = lung_centre_mm(scan, side=1) if (scan.lung == 1).any() else place
+    figure = Figure(figsize=(17, 4.6), layout="constrained")
+    for axes, name, at in zip(figure.subplots(1, 4), ("coronal", "sagittal") * 2, (place, side) * 2, strict=True):
+        across, grey = (0 if name == "coronal" else 1), found.registered.scans["fixed"].ct_hu
+        axes.set_xticks([])
+        axes.set_yticks([])
+        window = {"vmin": WINDOW_HU[0], "vmax": WINDOW_HU[1], "interpolation": "bilinear"}
+        axes.imshow(plane(grey, scan, name, at), cmap="gray", **window)
+        if axes.get_subplotspec().colspan.start >= 2:
+            drawn = axes.imshow(plane(stretch, scan, name, at), cmap="viridis", vmin=1, vmax=MOST_STRETCH)
+            figure.colorbar(drawn, ax=axes, shrink=0.8)
+            axes.set_title("largest stretch", fontsize=11)
+            continue
+        step = max(1, round(ARROWS_MM / spacing[0]))
+        seen = plane(lung, scan, name, at)[step // 2 :: step, step // 2 :: step]
+        rows, columns = np.nonzero(seen)
+        rows, columns = rows * step + step // 2, columns * step + step // 2
+        right = plane(u_mm[across], scan, name, at)[rows, columns] / spacing[across]
+        up = plane(u_mm[2], scan, name, at)[rows, columns] / spacing[2]
+        length = np.linalg.norm([plane(one, scan, name, at)[rows, columns] for one in u_mm], axis=0)
+        arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005, "cmap": "plasma"}
+        drawn = axes.quiver(columns, rows, right, -up, length, **arrows)  # rows count from the head
+        figure.colorbar(drawn, ax=axes, shrink=0.8, label="mm")
+        axes.set_title(f"motion, {name}", fontsize=11)
     return figure
 
 

@@ -4,15 +4,20 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment
+from lungssl_backbones.encoder import Encoder
+from lungssl_data.prepare import PrepareConfig, prepare_scan
+from lungssl_data.volume import LabelMap
 from lungssl_tasks.aeration.breath import OF_NON_AERATED
 from lungssl_tasks.aeration.change import TISSUE_HU
 from lungssl_tasks.aeration.precision import RECRUITMENT
 from markupsafe import Markup
+from torch import nn
 
-from lungssl.analyzing import NOT_MEASURABLE, Analysed
-from lungssl.reports.analysis_figures import compartments_figure, planes_figure
+from lungssl.analyzing import NOT_MEASURABLE, ROLES, Analysed
+from lungssl.reports.analysis_figures import compartments_figure, motion_figure, planes_figure
 from lungssl.reports.analysis_viewer import analysis_viewer
-from lungssl.reports.figures import png
+from lungssl.reports.feature_colours import feature_colours
+from lungssl.reports.figures import features_figure, png
 from lungssl.training.run_folder import environment
 
 FIGURES = {
@@ -38,8 +43,11 @@ FIGURES = {
 COLUMNS = ("lungs", "right", "left", "RUL", "RML", "RLL", "LUL", "LLL")
 
 
-def write_report(found: Analysed, path: Path, *, viewer: bool = True) -> None:
-    """Write a page that needs no other file; with a `viewer` of linked slices, some megabytes more."""
+def write_report(found: Analysed, path: Path, *, viewer: bool = True, encoder: nn.Module | None = None) -> None:
+    """Write a page that needs no other file; with a `viewer` of linked slices, some megabytes more.
+
+    `encoder`: its features of both phases are shown as colours.
+    """
     template = (files("lungssl.reports") / "templates" / "analysis.html").read_text(encoding="utf-8")
     env = environment()
     whole = found.masks == "whole"
@@ -60,6 +68,8 @@ def write_report(found: Analysed, path: Path, *, viewer: bool = True) -> None:
         "srd": f"{srd.value:g} % (95 % interval {srd.low:g} to {srd.high:g})",
         "viewer": Markup(analysis_viewer(found)) if viewer else "",
         "planes": png(planes_figure(found), dpi=80),
+        "motion": png(motion_figure(found), dpi=80),
+        "features": None if encoder is None else features_of(found, encoder),
         "compartments": png(compartments_figure(found), dpi=90),
         "voxel_mm": f"{found.scans['exhale'].spacing_mm[0]:g}",
         "tissue_hu": f"{TISSUE_HU:g}",
@@ -69,6 +79,23 @@ def write_report(found: Analysed, path: Path, *, viewer: bool = True) -> None:
         f"{env['cores']} CPU cores or the accelerator asked for",
     }
     path.write_text(Environment(autoescape=True).from_string(template).render(page), encoding="utf-8")
+
+
+def features_of(found: Analysed, encoder: nn.Module) -> dict[str, str]:
+    """Picture and figures of an encoder's features of both phases, on scans of its voxel size."""
+    assert isinstance(encoder, Encoder)
+    config = PrepareConfig(spacing_mm=encoder.spacing_mm)
+    scans = {}
+    for phase, role in ROLES.items():
+        cubes = found.registered.scans[role]
+        lung = LabelMap(labels=cubes.lung, geometry=cubes.geometry())
+        scans[phase] = prepare_scan(getattr(found.registered, role), config=config, lung=lung)
+    colours = feature_colours(encoder, scans)
+    return {
+        "picture": png(features_figure({phase: (scans[phase], rgb) for phase, rgb in colours.rgb.items()})),
+        "explained": f"{colours.explained:.0%}",
+        "stride_mm": f"{colours.stride_mm:g}",
+    }
 
 
 def _shown(value: float | None, name: str, digits: int, *, whole: bool) -> str:

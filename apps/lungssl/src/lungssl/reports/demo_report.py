@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment
+from lungssl_backbones.weights import load_encoder
 from lungssl_data.cache import PairCache
 from lungssl_data.pair import PhasePair
 from lungssl_tasks.inference import predict_labels
@@ -53,7 +54,8 @@ def write_demo_report(results: DemoResults, path: Path) -> Path:
     test = results.cache.split("test")
     pairs = {_title(patient): results.cache[patient] for patient in _examples(results.cache, test)}
     shown = next(iter(pairs.values()))
-    colours = feature_colours(results.runs["pretrain"] / "export" / "encoder.safetensors", shown)
+    encoder = load_encoder(results.runs["pretrain"] / "export" / "encoder.safetensors")
+    colours = feature_colours(encoder, {phase: shown.scan(phase) for phase in shown.phases()})
     phases = {phase: (shown.scan(phase), colours.rgb[phase]) for phase in shown.phases()}
     labelled = json.loads((results.runs["scratch"] / "summary.json").read_text(encoding="utf-8"))["labelled_patients"]
     method = results.pretraining.method

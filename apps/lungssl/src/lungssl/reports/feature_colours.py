@@ -1,17 +1,17 @@
 """An encoder's features of a scan as colours."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lungssl_backbones.representation import pca_colours
-from lungssl_backbones.weights import load_encoder
-from lungssl_data.pair import PhasePair, PhaseScan
+from lungssl_data.pair import PhaseScan
 from lungssl_data.views import scale_hu
 from numpy import ndarray
+from torch import nn
 
 _LEAST_STRIDE_VOX = 4
 """Finer levels of a convolutional encoder are close to the image itself and say little about what was learned."""
@@ -30,12 +30,14 @@ class FeatureColours:
 
 
 @torch.no_grad()
-def feature_colours(encoder_path: Path, pair: PhasePair) -> FeatureColours:
-    """First three principal components of lung features as red, green, blue, fitted on all phases together."""
-    encoder = load_encoder(encoder_path).eval()
+def feature_colours(encoder: nn.Module, scans: Mapping[str, PhaseScan]) -> FeatureColours:
+    """First three principal components of lung features as red, green, blue, fitted on all phases together.
+
+    `scans`: of phases, with voxels of the encoder's size.
+    """
+    encoder = encoder.eval()
     strides: tuple[int, ...] = encoder.pyramid_strides_vox  # pyright: ignore[reportAssignmentType]
     level = next((i for i, stride in enumerate(strides) if stride >= _LEAST_STRIDE_VOX), len(strides) - 1)
-    scans = {phase: pair.scan(phase) for phase in pair.phases()}
     inside = {phase: torch.from_numpy(scan.lung > 0) for phase, scan in scans.items()}
     lungs = {phase: _dense_features(encoder, scan, level)[:, inside[phase]].T for phase, scan in scans.items()}
     joint = torch.cat(list(lungs.values()))
