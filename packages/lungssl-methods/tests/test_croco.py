@@ -11,6 +11,7 @@ from lungssl_methods.completion_baselines import attention_tre_mm, copied
 from lungssl_methods.croco import Croco
 from lungssl_methods.cross_decoder import CrossDecoder
 from lungssl_methods.hidden_views import drawn_masks
+from lungssl_methods.method import LocalGather
 from torch import nn
 
 MakeBatch = Callable[..., PairBatch]
@@ -61,7 +62,7 @@ def test_every_output_depends_on_the_other_scan_and_on_the_visible_tokens_only(e
     shuffled = replace(second, image=second.image.roll(1, 0))
     assert method(replace(batch, views=(first, shuffled)), 0).loss.item() != pytest.approx(before.item(), rel=1e-4)
     image = torch.cat([first.image, second.image]).requires_grad_()
-    mask = drawn_masks(image, 4, ratio=0.9, unit=1, training=True)
+    mask = drawn_masks(image, 4, views=2, ratio=0.9, unit=1, training=True, gather=LocalGather())
     tokens = method.visible(method.encoder, image, mask)
     (gradient,) = torch.autograd.grad(tokens.sum(), image)
     patches = gradient.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).abs().sum((1, 5, 6, 7)).flatten(1)

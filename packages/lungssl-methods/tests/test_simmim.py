@@ -4,6 +4,7 @@ import pytest
 import torch
 from lungssl_data.batch import PairBatch
 from lungssl_methods.hidden_views import drawn_masks
+from lungssl_methods.method import LocalGather
 from lungssl_methods.simmim import SimMim, masked_l1
 from lungssl_ops.patches import patchify
 from torch import nn
@@ -63,7 +64,7 @@ def test_predicting_the_visible_mean_scores_one(encoder: nn.Module, make_batch: 
         view.lung.fill_(True)
     torch.manual_seed(4)
     image = torch.cat([view.image for view in batch.views])
-    mask = drawn_masks(image, 4, ratio=0.6, unit=1, training=True)
+    mask = drawn_masks(image, 4, views=2, ratio=0.6, unit=1, training=True, gather=LocalGather())
     patches = patchify(image, (4, 4, 4))
     means = [patches[row][~mask[row]].mean() for row in range(2)]
     losses = [(patches[row][mask[row]] - means[row]).abs().mean() for row in range(2)]

@@ -2,15 +2,17 @@
 
 Prints one JSON object: for each case, of two ranks and of two accumulated micro-batches against one batch, the greatest
 difference of a step's loss (relative above 1) and of a parameter, and the greatest change of a parameter by training.
-Samples differ in their voxels; what is drawn at random (masks, points) is the same for each, and so are the lung and
-what is measured, because a mean of two ranks' means is the mean of all only where both count as much. But for UNEQUAL,
-of methods that weigh the ranks: one sample has less lung than the others, and all of another is padding.
+Samples differ in their voxels, one has less lung than the others, and all of another is padding. Against micro-batches
+they have the same lung, all of it measured, and the same masks and points: a mean of two micro-batches' means is the
+mean of all only where both count as much.
 """
 
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,10 +48,10 @@ CASES["barlow_twins"] = ("vicreg", {"expander": (16, 16), "objective": "barlow_t
 CASES["simclr"] = ("simclr", {"hidden": 16, "out": 8})
 CASES["vox2vec"] = ("vox2vec", {"points": 12, "hidden": 16, "out": 8})
 CASES["paired_dense"] = ("paired_dense", {"points": 12})
-UNEQUAL = ("dino_unequal", "phase_dino_unequal")
 IBOT = {"patch_weight": 1.0, "mask_unit_tokens": 1, "mask_share": 1.0, "mask_ratio": (0.5, 0.5)}
-CASES["dino_unequal"] = ("dino", {**HEAD, **IBOT, "centering": "sinkhorn", "koleo_weight": 0.1})
-CASES["phase_dino_unequal"] = ("phase_dino", {**HEAD, **IBOT, "centering": "ema"})
+CASES["dino_ibot"] = ("dino", {**HEAD, **IBOT, "centering": "sinkhorn", "koleo_weight": 0.1, "gram_weight": 1.0})
+CASES["phase_dino_ibot"] = ("phase_dino", {**HEAD, **IBOT, "centering": "ema"})
+CASES["paired_dense_taught"] = ("paired_dense", {"points": 12, "matched_by": "teacher", "momentum": 0.9})
 
 
 DOUBLE = ("simclr", "vicreg", "paired_dense", "mae", "simmim", "croco", "spark", "jepa")
@@ -62,9 +64,9 @@ def same_for_every_row(draw: Any, shape: tuple[int, ...]) -> Tensor:
     return row.expand(shape).clone()
 
 
-def patch_draws() -> None:
-    """Of torch.rand and torch.randint, as the methods call them; KoLeo from two patients on."""
-    dino.KOLEO_FROM_PATIENTS = 2
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """One row for all, of torch.rand and torch.randint as the methods call them."""
     rand, randint = torch.rand, torch.randint
 
     def patched_rand(*shape: Any, generator: Any = None) -> Tensor:
@@ -77,11 +79,13 @@ def patch_draws() -> None:
         return same_for_every_row(lambda size, generator: randint(low, high, size, generator=generator), shape)
 
     torch.rand, torch.randint = patched_rand, patched_randint
+    try:
+        yield
+    finally:
+        torch.rand, torch.randint = rand, randint
 
 
-def batch_of(
-    step: int, samples: range, *, globals_per_slot: int, locals_per_slot: int, unequal: bool = False
-) -> PairBatch:
+def batch_of(step: int, samples: range, *, globals_per_slot: int, locals_per_slot: int, unequal: bool) -> PairBatch:
     """Voxels by step and sample alone; geometry and, unless `unequal`, masks the same for all."""
     views = []
     for kind, side, count in (("global", SIDE, globals_per_slot), ("local", SIDE // 2, locals_per_slot)):
@@ -129,7 +133,7 @@ Run = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
 """Mean losses of the steps, and parameters before and after."""
 
 
-def trained(case: str, rank: int, ranks: int, parts: int = 1) -> Run:
+def trained(case: str, rank: int, ranks: int, parts: int = 1, *, unequal: bool) -> Run:
     """`parts`: accumulated micro-batches."""
     name, method = CASES[case][0], built(case, RanksGather() if ranks > 1 else LocalGather())
     if name in DOUBLE:
@@ -147,9 +151,10 @@ def trained(case: str, rank: int, ranks: int, parts: int = 1) -> Run:
         total = torch.zeros((), dtype=torch.float64)
         for part in range(parts):
             start = rank * SAMPLES // ranks + part * share
-            batch = batch_of(step + 2, range(start, start + share), **views, unequal=case in UNEQUAL)
+            batch = batch_of(step + 2, range(start, start + share), **views, unequal=unequal)
             if name in DOUBLE:
                 batch = replace(batch, views=tuple(replace(view, image=view.image.double()) for view in batch.views))
+            torch.manual_seed(step)
             loss = module(batch, step + 2).loss / parts
             loss.backward()
             total = total + loss.detach().double()
@@ -173,16 +178,16 @@ def compare(one: Any, other: Any) -> dict[str, float]:
 def worker(rank: int, folder: str) -> None:
     """One of two ranks; the first one compares."""
     torch.set_num_threads(1)
-    patch_draws()
+    dino.KOLEO_FROM_PATIENTS = 2
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for case in CASES:
-        outcome = trained(case, rank, 2)
+        outcome = trained(case, rank, 2, unequal=True)
         if rank == 0:
-            whole = trained(case, 0, 1)
-            micro = compare(whole, trained(case, 0, 1, parts=2))
+            with same_draws():
+                micro = compare(*(trained(case, 0, 1, parts, unequal=False) for parts in (1, 2)))
             found[case] = {
-                "ranks": compare(whole, outcome),
+                "ranks": compare(trained(case, 0, 1, unequal=True), outcome),
                 "micro": micro,
                 "separable": built(case, LocalGather()).batch_separable,
             }

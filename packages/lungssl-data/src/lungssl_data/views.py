@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from lungssl_ops.ct_views import ViewTable, ct_views, mask_views, view_affine, view_coords_mm
 from torch import Tensor
 
@@ -64,16 +64,17 @@ class ViewConfig:
     tissue thins by it and the view stretches (`synthetic_breath`). (1, 1): none. Deep breath-holds of the phantom's
     probe have 1.12 to 1.68 (`domain.md` D6)."""
 
-    def build(self) -> "ViewSampler":
-        """The sampler of these views."""
-        return ViewSampler(self)
+    def build(self, *, rank: int = 0, ranks: int = 1) -> "ViewSampler":
+        """The sampler of these views, for one of `ranks` processes that share a batch."""
+        return ViewSampler(self, rank=rank, ranks=ranks)
 
 
 class ViewSampler:
     """Turns a CropBatch into a PairBatch. Pure: all randomness comes from the generator handed in."""
 
-    def __init__(self, config: ViewConfig) -> None:
-        self.config = config
+    def __init__(self, config: ViewConfig, *, rank: int = 0, ranks: int = 1) -> None:
+        """As one of several ranks, each with as many samples, it sees its samples as one process with all would."""
+        self.config, self.rank, self.ranks = config, rank, ranks
 
     def __call__(self, crops: CropBatch, generator: torch.Generator) -> PairBatch:
         """Draw every view. `generator` is on the CPU; its state alone decides the result."""
@@ -82,10 +83,11 @@ class ViewSampler:
             raise ValueError(
                 f"views.flip_lr={config.flip_lr} with labels: mirrored lobes would carry the wrong names; set it to 0"
             )
-        flip = torch.rand(len(crops.patient), generator=generator) < config.flip_lr
+        draws = _Draws(generator, len(crops.patient), self.rank, self.ranks)
+        flip = draws.rand() < config.flip_lr
         stretch = torch.ones(len(crops.patient), 3)
         if config.breath != (1.0, 1.0):
-            crops, stretch = synthetic_breath(crops, _log_uniform(config.breath, len(crops.patient), generator))
+            crops, stretch = synthetic_breath(crops, draws.log_uniform(config.breath))
         plan: list[tuple[Kind, int, int]] = [
             ("global", config.global_vox, config.globals_per_slot),
             ("local", config.local_vox, config.locals_per_slot),
@@ -97,7 +99,7 @@ class ViewSampler:
                 crops,
                 kind,
                 side,
-                [self._draw(crops, slot, side, flip, stretch, generator) for _ in range(count) for slot in SLOTS],
+                [self._draw(crops, slot, side, flip, stretch, draws) for _ in range(count) for slot in SLOTS],
             )
         ]
         return PairBatch(
@@ -121,15 +123,14 @@ class ViewSampler:
         )
 
     def _draw(
-        self, crops: CropBatch, slot: Slot, side: int, flip: Tensor, stretch: Tensor, generator: torch.Generator
+        self, crops: CropBatch, slot: Slot, side: int, flip: Tensor, stretch: Tensor, draws: "_Draws"
     ) -> "_Drawn":
         config = self.config
-        batch = len(crops.patient)
         block = _block_xyz(crops)
-        zoom = _log_uniform(config.zoom, batch, generator)
-        angles = (2 * torch.rand(batch, 3, generator=generator) - 1) * math.radians(config.rotation_deg)
+        zoom = draws.log_uniform(config.zoom)
+        angles = (2 * draws.rand(3) - 1) * math.radians(config.rotation_deg)
         slack = (block - 1 - (side - 1) * zoom[:, None]).clamp(min=0)
-        centre = (block - 1) / 2 + (torch.rand(batch, 3, generator=generator) - 0.5) * slack
+        centre = (block - 1) / 2 + (draws.rand(3) - 0.5) * slack
         turn = rotation(angles) * zoom[:, None, None]
         turn[:, :, 0] *= torch.where(flip, -1.0, 1.0)[:, None]
         if slot == 1:
@@ -139,18 +140,40 @@ class ViewSampler:
             step_mm = torch.linalg.vector_norm(crops.voxel_to_mm[:, slot, :, :3].cpu(), dim=1)  # per index axis
             apart_mm = (side - 1) / (LATTICE - 1) * zoom * step_mm.amin(dim=1)
             sd_mm = (MOST_SLOPE * apart_mm).clamp(max=config.elastic_mm)
-            drawn = torch.randn(batch, 3, LATTICE, LATTICE, LATTICE, generator=generator)
+            drawn = draws.randn(3, LATTICE, LATTICE, LATTICE)
             lattice = drawn * (sd_mm[:, None] / step_mm).view(-1, 3, 1, 1, 1)
         low, high = config.noise_hu
         return _Drawn(
             slot=slot,
             affine=view_affine((side, side, side), centre, turn),
             lattice=lattice,
-            noise_hu=low + (high - low) * torch.rand(batch, generator=generator),
-            shift_hu=(2 * torch.rand(batch, generator=generator) - 1) * config.shift_hu,
-            gamma=_log_uniform(config.gamma, batch, generator),
-            seed=torch.randint(2**62, (), generator=generator) + torch.arange(batch),
+            noise_hu=low + (high - low) * draws.rand(),
+            shift_hu=(2 * draws.rand() - 1) * config.shift_hu,
+            gamma=draws.log_uniform(config.gamma),
+            seed=draws.seeds(),
         )
+
+
+class _Draws:
+    """Random numbers of a batch's samples: those of all ranks are drawn, this rank's are given."""
+
+    def __init__(self, generator: torch.Generator, samples: int, rank: int, ranks: int) -> None:
+        self.generator, self.all = generator, samples * ranks
+        self.own = slice(samples * rank, samples * (rank + 1))
+
+    def rand(self, *row: int) -> Float32[Tensor, "b *row"]:
+        return torch.rand(self.all, *row, generator=self.generator)[self.own]
+
+    def randn(self, *row: int) -> Float32[Tensor, "b *row"]:
+        return torch.randn(self.all, *row, generator=self.generator)[self.own]
+
+    def log_uniform(self, bounds: tuple[float, float]) -> Float32[Tensor, " b"]:
+        low, high = (math.log(b) for b in bounds)
+        return (low + (high - low) * self.rand()).exp()
+
+    def seeds(self) -> Int64[Tensor, " b"]:
+        """A random one, and those that follow it."""
+        return (torch.randint(2**62, (), generator=self.generator) + torch.arange(self.all))[self.own]
 
 
 def synthetic_breath(crops: CropBatch, volume_ratio: Float32[Tensor, " b"]) -> tuple[CropBatch, Float32[Tensor, "b 3"]]:
@@ -265,8 +288,3 @@ def _partner_mm(
 
 def _block_xyz(crops: CropBatch) -> Float32[Tensor, "3"]:
     return torch.tensor(crops.ct_hu.shape[:1:-1], dtype=torch.float32)
-
-
-def _log_uniform(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Float32[Tensor, " count"]:
-    low, high = (math.log(b) for b in bounds)
-    return (low + (high - low) * torch.rand(count, generator=generator)).exp()

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Float32
 from lungssl_data.batch import PairBatch, View
 from torch import Tensor
 
+from lungssl_methods.method import Gather, LocalGather, own_rows
+
 _NEWTON_STEPS = 6
 """Each squares the error of a smooth map; views are affine but for 3 mm of elastic displacement."""
 _MOST_RESIDUAL_MM = 2e-3
@@ -76,13 +78,20 @@ def token_matches(first: View, second: View, stride_vox: int, *, sigma_mm: float
 
 
 def sample_matches(
-    first: View, second: View, count: int, *, generator: torch.Generator | None = None, in_lung: bool = True
+    first: View,
+    second: View,
+    count: int,
+    *,
+    generator: torch.Generator | None = None,
+    in_lung: bool = True,
+    gather: Gather | None = None,
 ) -> Matches:
     """`count` random voxels per sample of `first`, and where they are in `second`, to a small part of a voxel.
 
     The second view's map from voxels to mm is inverted by Newton's method from the nearest voxel of a coarse grid.
     Drawn from the CPU generator (None: torch's own) among measured voxels, in the lung if `in_lung`, with replacement;
-    a sample without any gets none that is valid. Raises ValueError as `places_in`.
+    a sample without any gets none that is valid. With a `gather`, a sample's are those that one process would draw.
+    Raises ValueError as `places_in`.
     """
     b, _, _, y, x = first.image.shape
     device = first.image.device
@@ -91,7 +100,8 @@ def sample_matches(
     # A share of the sorted voxels, so that the draw is the same on every device.
     order = flat.argsort(dim=1, descending=True, stable=True)
     number = flat.sum(dim=1).long()
-    draw = torch.rand(b, count, generator=generator).to(device)
+    gather = gather or LocalGather()
+    draw = own_rows(torch.rand(b * gather.ranks, count, generator=generator), gather).to(device)
     index = order.gather(1, (draw * number[:, None]).long().clamp(max=order.shape[1] - 1))
     position = first.coords_mm if first.slot == second.slot else _partner(first)
     second_mm = position.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).mT

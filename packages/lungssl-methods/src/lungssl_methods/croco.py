@@ -33,12 +33,13 @@ from lungssl_methods.hidden_views import (
     VisibleTokens,
     check_global_views_only,
     drawn_masks,
+    hidden_weight,
     lung_weight,
     stacked_images,
 )
 from lungssl_methods.losses import mae_loss, ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, rank_part
 
 _OCTAVES = (-2.0, 1.0)
 """Frequencies of a position, as powers of 2, in half periods per spread of the lungs: from one over which no two places
@@ -81,15 +82,16 @@ class Croco(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "Croco":
-            """A completion around `encoder`. It has no schedule, and no state across ranks."""
-            return Croco(self, encoder)
+            """A completion around `encoder`. It has no schedule."""
+            return Croco(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder, and for unknown directions or an unknown norm."""
         super().__init__()
         check_choices("croco", config)
         checked = checked_encoder(encoder)
         self.config = config
+        self.gather = gather
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
         unit = config.mask_unit_tokens
@@ -124,9 +126,10 @@ class Croco(nn.Module):
         image, weight, mask, tokens, memory = self._hidden_and_encoded(batch, pairs)
         predicted = self.predict(self.decoder(tokens, memory))
         loss = self._loss(predicted, image, mask, weight)
+        part = rank_part(loss, hidden_weight(weight, mask, self.patch_vox), self.gather)
         with torch.no_grad():
             metrics = {
-                "loss": loss.detach(),
+                "loss": part.detach(),
                 "loss_vs_zero": ratio_to_still(loss, self._loss(torch.zeros_like(predicted), image, mask, weight)),
                 "masked_share": mask.float().mean(),
             }
@@ -134,7 +137,7 @@ class Croco(nn.Module):
                 rows = sum(len(first.image) for first, _ in pairs)
                 metrics |= self._against_copies(batch, pairs, predicted[:rows], mask[:rows])
                 metrics |= self._tre(batch, pairs, tokens[:rows], memory[:rows])
-        return StepOutput(loss=loss, metrics=metrics)
+        return StepOutput(loss=part, metrics=metrics)
 
     @torch.no_grad()
     def head_tre_mm(self, batch: PairBatch) -> Float[Tensor, "blocks heads"]:
@@ -170,8 +173,15 @@ class Croco(nn.Module):
         """Images to complete, their voxels' weights, what of them is hidden, and both sides' tokens."""
         targets, references = self._sides(pairs)
         image = stacked_images((*targets, *references), "croco").chunk(2)[0]
-        ratio, unit = self.config.mask_ratio, self.unit_tokens
-        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
+        host_mask = drawn_masks(
+            image,
+            self.patch_vox,
+            views=len(targets),
+            ratio=self.config.mask_ratio,
+            unit=self.unit_tokens,
+            training=self.training,
+            gather=self.gather,
+        )
         tokens, memory = self._tokens(batch, targets, references, host_mask)
         return image, self._weight(targets), host_mask.to(image.device), tokens, memory
 

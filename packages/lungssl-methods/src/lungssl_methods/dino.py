@@ -23,7 +23,15 @@ from lungssl_methods.choices import check_choices
 from lungssl_methods.correspondence import token_mean
 from lungssl_methods.distillation import Centering, Distillation, DistillationConfig
 from lungssl_methods.masking import MASK_WIDTH_VOX, varied_block_masks
-from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, mean_over_ranks
+from lungssl_methods.method import (
+    Gather,
+    LocalGather,
+    ViewCounts,
+    checked_encoder,
+    mean_over_ranks,
+    own_rows,
+    rank_part,
+)
 from lungssl_methods.pairing import PairPolicy, measured_views, pair_weight, policy_weights, slot_pair_weight
 from lungssl_methods.regularisers import gram, koleo
 from lungssl_methods.schedules import cosine_momentum, linear_warmup_then_constant
@@ -233,7 +241,8 @@ class Dino(nn.Module):
             with torch.no_grad():
                 kept = encode_views(self.anchor, views)
             pairs = zip(student[: len(kept)], kept, measured, strict=True)
-            drift = torch.stack([gram(a.tokens, b.tokens, valid=there) for a, b, there in pairs]).mean()
+            drifts = [rank_part(gram(a.tokens, b.tokens, valid=there), there, self.gather) for a, b, there in pairs]
+            drift = torch.stack(drifts).mean()
             total = total + config.gram_weight * drift
             metrics["gram"] = drift.detach()
         for name, (scale, term) in self.more_terms(batch, student, teacher, distil).items():
@@ -297,14 +306,14 @@ class Dino(nn.Module):
         unit = self.config.mask_unit_tokens
         generator = None if self.training else torch.Generator().manual_seed(0)
         masks = varied_block_masks(
-            sum(len(view.image) for view in views),
+            sum(len(view.image) for view in views) * self.gather.ranks,
             token_grid((z, y, x), self.stride_vox),
             ratio=self.config.mask_ratio,
             share=self.config.mask_share,
             unit=max(1, MASK_WIDTH_VOX // self.stride_vox) if unit is None else unit,
             generator=generator,
         )
-        return masks.to(views[0].image.device)
+        return own_rows(masks, self.gather, views=len(views)).to(views[0].image.device)
 
     def _patch_loss(
         self, student: list[Features], teacher: list[Features], mask: Bool[Tensor, "g n"], distil: Distil

@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from lungssl_backbones.encoder import Encoder, token_grid
 from lungssl_data.batch import View
+from lungssl_ops.patches import patchify
 from torch import Tensor, nn
 
 from lungssl_methods.masking import random_block_masks, visible_indices
+from lungssl_methods.method import Gather, own_rows
 
 
 def check_global_views_only(method: str, globals_per_slot: int, locals_per_slot: int) -> None:
@@ -34,17 +36,32 @@ def lung_weight(views: Sequence[View], outside: float) -> Float[Tensor, "g z y x
 
 
 def drawn_masks(
-    image: Float[Tensor, "g 1 z y x"], stride_vox: int, *, ratio: float, unit: int, training: bool
+    image: Float[Tensor, "g 1 z y x"],
+    stride_vox: int,
+    *,
+    views: int,
+    ratio: float,
+    unit: int,
+    training: bool,
+    gather: Gather,
 ) -> Bool[Tensor, "g n"]:
-    """`random_block_masks` for stacked views, on the CPU: from torch's global generator, held out always the same.
+    """`random_block_masks` for `views` stacked views, on the CPU: from torch's global generator, held out always the
+    same.
 
     So that held-out losses of different steps compare. Raises ValueError as they do.
     """
     z, y, x = image.shape[2:]
     generator = None if training else torch.Generator().manual_seed(0)
-    return random_block_masks(
-        len(image), token_grid((z, y, x), stride_vox), ratio=ratio, unit=unit, generator=generator
-    )
+    grid = token_grid((z, y, x), stride_vox)
+    masks = random_block_masks(len(image) * gather.ranks, grid, ratio=ratio, unit=unit, generator=generator)
+    return own_rows(masks, gather, views=views)
+
+
+def hidden_weight(
+    voxel_weight: Float[Tensor, "g z y x"], mask: Bool[Tensor, "g n"], patch_vox: int
+) -> Float[Tensor, "g n"]:
+    """What each token's voxels count in a loss over the hidden ones."""
+    return patchify(voxel_weight[:, None], (patch_vox, patch_vox, patch_vox)).sum(dim=2) * mask
 
 
 class VisibleTokens(nn.Module):

@@ -22,7 +22,7 @@ from lungssl_methods.hidden_views import check_global_views_only, stacked_images
 from lungssl_methods.latent import LatentPredictor, latent_loss, latent_targets, take, target_std
 from lungssl_methods.losses import ratio_to_still
 from lungssl_methods.mae import sincos_positions
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, own_rows, rank_part
 from lungssl_methods.schedules import cosine_momentum
 from lungssl_methods.teacher import follow, slow_copy
 
@@ -73,11 +73,15 @@ class Jepa(nn.Module):
         ) -> "Jepa":
             """A JEPA around `encoder`, which becomes the student and is copied for the teacher.
 
-            `effective_batch`: samples per optimizer step. `gather` is every method's: there is no state across ranks.
+            `effective_batch`: samples per optimizer step over all ranks and accumulated micro-batches.
             """
-            return Jepa(self, encoder, total_steps=total_steps, effective_batch=effective_batch)
+            return Jepa(
+                self, encoder, total_steps=total_steps, effective_batch=effective_batch, gather=gather or LocalGather()
+            )
 
-    def __init__(self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int) -> None:
+    def __init__(
+        self, config: Config, encoder: nn.Module, *, total_steps: int, effective_batch: int, gather: Gather
+    ) -> None:
         """Raises ValueError for a module that is no Encoder or cannot encode some of its tokens, or an unknown norm."""
         super().__init__()
         check_choices("jepa", config)
@@ -85,6 +89,7 @@ class Jepa(nn.Module):
         config, _ = config.settled(RunSize(effective_batch=effective_batch, total_steps=total_steps, patients=0))
         assert config.momentum is not None
         self.config = config
+        self.gather = gather
         self.total_steps = total_steps
         self.base_momentum = config.momentum
         self.stride_vox = checked.token_stride_vox
@@ -111,13 +116,14 @@ class Jepa(nn.Module):
         on any device. Raises ValueError where the views differ in size or have too few tokens.
         """
         config = self.config
-        image, measured = stacked_views(batch.global_views(), self.stride_vox, "jepa")
+        views = batch.global_views()
+        image, measured = stacked_views(views, self.stride_vox, "jepa")
         z, y, x = image.shape[2:]
         grid = token_grid((z, y, x), self.stride_vox)
         # Held-out boxes are the same at every evaluation, so that losses of different steps compare.
         generator = None if self.training else torch.Generator().manual_seed(0)
         blocks = sample_blocks(
-            len(image),
+            len(image) * self.gather.ranks,
             grid,
             targets=config.targets,
             target_scale=config.target_scale,
@@ -126,7 +132,9 @@ class Jepa(nn.Module):
             min_keep=config.min_keep,
             generator=generator,
         )
-        context, targets = blocks.context.to(image.device), blocks.targets.to(image.device).flatten(0, 1)
+        own = (own_rows(index, self.gather, views=len(views)) for index in (blocks.context, blocks.targets))
+        context, targets = (index.to(image.device) for index in own)
+        targets = targets.flatten(0, 1)
         place = sincos_positions(grid, self.predictor.width).to(image.device)
         # Each box is predicted by itself: mask tokens of one don't see those of another.
         seen = self.encoder(image, keep=context).tokens.repeat_interleave(config.targets, dim=0)
@@ -138,9 +146,12 @@ class Jepa(nn.Module):
         loss = latent_loss(predicted, target, weight, norm=config.norm)
         with torch.no_grad():
             zero_loss = latent_loss(torch.zeros_like(target), target, weight, norm=config.norm)
+            still = ratio_to_still(loss, zero_loss)
+        loss = rank_part(loss, weight, self.gather)
+        with torch.no_grad():
             metrics = {
                 "loss": loss.detach(),
-                "loss_vs_zero": ratio_to_still(loss, zero_loss),
+                "loss_vs_zero": still,
                 "target_std": target_std(everywhere),
                 "context_share": torch.tensor(context.shape[1] / place.shape[0]),
                 "ema_momentum": torch.tensor(self.momentum(step)),

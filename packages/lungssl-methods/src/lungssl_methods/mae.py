@@ -22,12 +22,13 @@ from lungssl_methods.hidden_views import (
     VisibleTokens,
     check_global_views_only,
     drawn_masks,
+    hidden_weight,
     lung_weight,
     stacked_images,
 )
 from lungssl_methods.losses import mae_loss, ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, rank_part
 
 
 class Mae(nn.Module):
@@ -63,16 +64,16 @@ class Mae(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "Mae":
-            """An autoencoder around `encoder`. It has no schedule and no state across ranks: the other arguments are
-            those of every method."""
-            return Mae(self, encoder)
+            """An autoencoder around `encoder`. It has no schedule: the other arguments are those of every method."""
+            return Mae(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder, and for an unknown norm."""
         super().__init__()
         check_choices("mae", config)
         checked = checked_encoder(encoder)
         self.config = config
+        self.gather = gather
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
         unit = config.mask_unit_tokens
@@ -105,17 +106,26 @@ class Mae(nn.Module):
         views = batch.global_views()
         image = stacked_images(views, "mae")
         weight = lung_weight(views, self.config.outside_lung_weight)
-        ratio, unit = self.config.mask_ratio, self.unit_tokens
-        host_mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training)
+        host_mask = drawn_masks(
+            image,
+            self.patch_vox,
+            views=len(views),
+            ratio=self.config.mask_ratio,
+            unit=self.unit_tokens,
+            training=self.training,
+            gather=self.gather,
+        )
         mask = host_mask.to(image.device)
         z, y, x = image.shape[2:]
         pred = self._decode(self.visible(self.encoder, image, host_mask), token_grid((z, y, x), self.patch_vox))
         loss = self._loss(pred, image, mask, weight)
         with torch.no_grad():
             zero_loss = self._loss(torch.zeros_like(pred), image, mask, weight)
+        still = ratio_to_still(loss, zero_loss)
+        loss = rank_part(loss, hidden_weight(weight, mask, self.patch_vox), self.gather)
         metrics = {
             "loss": loss.detach(),
-            "loss_vs_zero": ratio_to_still(loss, zero_loss),
+            "loss_vs_zero": still,
             "masked_share": mask.float().mean(),
         }
         return StepOutput(loss=loss, metrics=metrics)

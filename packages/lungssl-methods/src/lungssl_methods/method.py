@@ -11,12 +11,32 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 
-__all__ = ["Gather", "LocalGather", "Method", "StepOutput", "ViewCounts", "checked_encoder", "mean_over_ranks"]
+__all__ = [
+    "Gather",
+    "LocalGather",
+    "Method",
+    "StepOutput",
+    "ViewCounts",
+    "checked_encoder",
+    "mean_over_ranks",
+    "own_rows",
+    "rank_part",
+]
 
 
 @runtime_checkable
 class Gather(Protocol):
     """A method's only view of the other ranks; the training loop injects it."""
+
+    @property
+    def rank(self) -> int:
+        """Which of the `ranks` this one is, from 0."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        ...
 
     def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The sum of `value` over all ranks, the same on each. No gradient. Every rank must call it."""
@@ -33,6 +53,8 @@ class Gather(Protocol):
 
 class LocalGather:
     """One process: its own values are all there is."""
+
+    rank, ranks = 0, 1
 
     def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`value` itself."""
@@ -51,6 +73,29 @@ def mean_over_ranks(value: Float[Tensor, "*shape"], gather: Gather) -> Float[Ten
     """
     total = gather.sum(torch.cat([value.detach().flatten(), value.new_ones(1)]))
     return (total[:-1] / total[-1]).reshape(value.shape)
+
+
+def rank_part(mean: Float[Tensor, ""], weight: Float[Tensor, "*shape"], gather: Gather) -> Float[Tensor, ""]:
+    """A weighted mean over this rank's rows, as its part of that over all ranks' rows, to which the ranks' mean leads.
+
+    `weight`: of this rank's rows. Every rank must call it; on one it is `mean` itself.
+    """
+    if gather.ranks == 1:
+        return mean
+    own = weight.detach().sum(dtype=torch.float64)
+    whole = mean_over_ranks(own, gather).clamp_min(torch.finfo(torch.float32).tiny)
+    return mean * (own / whole).to(mean.dtype)
+
+
+def own_rows(drawn: Shaped[Tensor, "n *row"], gather: Gather, *, views: int = 1) -> Shaped[Tensor, "m *row"]:
+    """This rank's rows of what was drawn for all ranks: `views` one after the other, in each the ranks' samples.
+
+    Each rank draws for all of them from a generator in one state, so that a sample's draw is the same on any number of
+    ranks. On one rank, all rows.
+    """
+    if gather.ranks == 1:
+        return drawn
+    return drawn.unflatten(0, (views, gather.ranks, -1))[:, gather.rank].flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

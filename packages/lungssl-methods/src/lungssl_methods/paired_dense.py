@@ -195,6 +195,7 @@ class PairedDense(nn.Module):
             self.strides_vox,
             self.config.points,
             generator=generator,
+            gather=self.gather,
         )
 
     def _taught_points(
@@ -215,6 +216,7 @@ class PairedDense(nn.Module):
                 reach_mm=self.config.reach_mm,
                 residual_mm=self.config.residual_mm,
                 generator=generator,
+                gather=self.gather,
             )
             pairs.append(matched_points(matches, (features[i], features[j]), self.strides_vox))
             if (partner_mm := views[i].partner_mm) is not None:

@@ -30,7 +30,7 @@ from lungssl_methods.latent import (
 from lungssl_methods.losses import ratio_to_still
 from lungssl_methods.mae import sincos_positions
 from lungssl_methods.masking import random_block_masks, visible_indices
-from lungssl_methods.method import Gather, LocalGather, ViewCounts
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, own_rows, rank_part
 from lungssl_methods.schedules import cosine_momentum
 from lungssl_methods.teacher import follow, slow_copy
 from lungssl_methods.variance import spread_terms
@@ -140,8 +140,8 @@ class PhaseJepa(nn.Module):
         grid = token_grid((z, y, x), self.stride_vox)
         place = sincos_positions(grid, self.predictor.width).to(image.device)
         slot = torch.tensor([view.slot for view in views for _ in range(len(view.image))], device=image.device)
-        seen, unseen = self._split(len(image), grid, context=True)
-        cue, hidden = self._split(len(image), grid, context=False)
+        seen, unseen = self._split(len(image), len(views), grid, context=True)
+        cue, hidden = self._split(len(image), len(views), grid, context=False)
         seen, unseen, cue, hidden = (index.to(image.device) for index in (seen, unseen, cue, hidden))
         context = self.encoder(image, keep=seen).tokens
         cues = self.encoder(image, keep=cue).tokens
@@ -168,6 +168,7 @@ class PhaseJepa(nn.Module):
             losses[name] = latent_loss(predicted, wanted, weight, norm=config.norm)
             zero = latent_loss(torch.zeros_like(wanted), wanted, weight, norm=config.norm)
             metrics[f"{name}_loss_vs_zero"] = ratio_to_still(losses[name], zero)
+            losses[name] = rank_part(losses[name], weight, self.gather)
         variance, covariance = config.floor_weights
         rows = self.gather.rows(context.flatten(0, 1))
         hinge, off_diagonal = spread_terms(rows)
@@ -198,7 +199,7 @@ class PhaseJepa(nn.Module):
         return self.teacher_encoder
 
     def _split(
-        self, count: int, grid: tuple[int, int, int], *, context: bool
+        self, count: int, views: int, grid: tuple[int, int, int], *, context: bool
     ) -> tuple[Int64[Tensor, "g k"], Int64[Tensor, "g m"]]:
         """Visible and hidden tokens, on the CPU; held out, always the same. Single tokens, so that a cue is spread."""
         generator = None if self.training else torch.Generator().manual_seed(int(context))
@@ -206,7 +207,8 @@ class PhaseJepa(nn.Module):
         if not context:
             low, high = self.config.cue_share
             share = low + (high - low) * float(torch.rand((), generator=generator))
-        mask = random_block_masks(count, grid, ratio=1.0 - share, generator=generator)
+        drawn = random_block_masks(count * self.gather.ranks, grid, ratio=1.0 - share, generator=generator)
+        mask = own_rows(drawn, self.gather, views=views)
         return visible_indices(mask), visible_indices(~mask)
 
     def _place(

@@ -37,12 +37,13 @@ def point_pairs(
     count: int,
     *,
     generator: torch.Generator | None = None,
+    gather: Gather | None = None,
 ) -> PointPairs:
     """`count` random points in the lung per sample of the first view, matched in mm; n = samples * count.
 
-    Raises ValueError as `correspondence.sample_matches`.
+    `generator`, `gather` and what is raised are those of `correspondence.sample_matches`.
     """
-    return matched_points(sample_matches(*views, count, generator=generator), features, strides_vox)
+    return matched_points(sample_matches(*views, count, generator=generator, gather=gather), features, strides_vox)
 
 
 def matched_points(matches: Matches, features: tuple[Features, Features], strides_vox: Sequence[int]) -> PointPairs:

@@ -1,5 +1,7 @@
 """How methods meet the other ranks of a distributed run, on torch's default process group."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,17 +11,42 @@ from torch import Tensor
 
 
 class RanksGather:
-    """`method.Gather` over torch.distributed. Raises RuntimeError, torch's, where no process group was started."""
+    """`method.Gather` over torch.distributed. Raises ValueError, torch's, where no process group was started."""
+
+    def __init__(self) -> None:
+        self._alone = False
+
+    @property
+    def rank(self) -> int:
+        """See `method.Gather`."""
+        return 0 if self._alone else dist.get_rank()
+
+    @property
+    def ranks(self) -> int:
+        """See `method.Gather`."""
+        return 1 if self._alone else dist.get_world_size()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it a rank is by itself: for held-out batches, of which each rank looks at others."""
+        before, self._alone = self._alone, True
+        try:
+            yield
+        finally:
+            self._alone = before
 
     @torch.no_grad()
     def sum(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """See `method.Gather`."""
         total = value.clone()
-        dist.all_reduce(total)
+        if not self._alone:
+            dist.all_reduce(total)
         return total
 
     def rows(self, value: Shaped[Tensor, "n *row"]) -> Shaped[Tensor, "m *row"]:
         """See `method.Gather`. Raises ValueError where ranks have different numbers of rows."""
+        if self._alone:
+            return value
         counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=value.device)
         counts[dist.get_rank()] = len(value)
         dist.all_reduce(counts)

@@ -17,7 +17,7 @@ from lungssl_methods.auto import BaseRate
 from lungssl_methods.hidden_views import check_global_views_only, drawn_masks, lung_weight, stacked_images
 from lungssl_methods.losses import ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, rank_part
 
 
 class SimMim(nn.Module):
@@ -43,14 +43,15 @@ class SimMim(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "SimMim":
-            """A masked predictor around `encoder`. It has no schedule and no state across ranks."""
-            return SimMim(self, encoder)
+            """A masked predictor around `encoder`. It has no schedule."""
+            return SimMim(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder."""
         super().__init__()
         checked = checked_encoder(encoder)
         self.config = config
+        self.gather = gather
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
         unit = config.mask_unit_tokens
@@ -71,8 +72,15 @@ class SimMim(nn.Module):
         views = batch.global_views()
         image = stacked_images(views, "simmim")
         weight = lung_weight(views, self.config.outside_lung_weight)
-        ratio, unit = self.config.mask_ratio, self.unit_tokens
-        mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training).to(image.device)
+        mask = drawn_masks(
+            image,
+            self.patch_vox,
+            views=len(views),
+            ratio=self.config.mask_ratio,
+            unit=self.unit_tokens,
+            training=self.training,
+            gather=self.gather,
+        ).to(image.device)
         patch = (self.patch_vox, self.patch_vox, self.patch_vox)
         target, weights = patchify(image, patch), patchify(weight[:, None], patch)
         loss = masked_l1(self.predict(self.encoder(image, mask=mask).tokens), target, mask, weights)
@@ -80,9 +88,11 @@ class SimMim(nn.Module):
             seen = weights * ~mask[..., None]
             mean = (target * seen).sum(dim=(1, 2)) / seen.sum(dim=(1, 2)).clamp_min(1e-6)
             still = masked_l1(mean[:, None, None].expand_as(target), target, mask, weights)
+        against_mean = ratio_to_still(loss, still)
+        loss = rank_part(loss, weights.sum(dim=2) * mask, self.gather)
         metrics = {
             "loss": loss.detach(),
-            "loss_vs_mean": ratio_to_still(loss, still),
+            "loss_vs_mean": against_mean,
             "masked_share": mask.float().mean(),
         }
         return StepOutput(loss=loss, metrics=metrics)

@@ -18,10 +18,16 @@ from lungssl_ops.patches import patchify
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
-from lungssl_methods.hidden_views import check_global_views_only, drawn_masks, lung_weight, stacked_images
+from lungssl_methods.hidden_views import (
+    check_global_views_only,
+    drawn_masks,
+    hidden_weight,
+    lung_weight,
+    stacked_images,
+)
 from lungssl_methods.losses import mae_loss, ratio_to_still
 from lungssl_methods.masking import MASK_WIDTH_VOX
-from lungssl_methods.method import Gather, ViewCounts, checked_encoder
+from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, rank_part
 from lungssl_methods.sparse import check_sparse, hidden_from, widen
 
 _LEAST_WIDTH = 16
@@ -57,10 +63,10 @@ class Spark(nn.Module):
         def build(
             self, encoder: nn.Module, *, total_steps: int, effective_batch: int = 32, gather: Gather | None = None
         ) -> "Spark":
-            """A masked model around `encoder`. It has no schedule and no state across ranks."""
-            return Spark(self, encoder)
+            """A masked model around `encoder`. It has no schedule."""
+            return Spark(self, encoder, gather or LocalGather())
 
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, gather: Gather) -> None:
         """Raises ValueError for a module that is no Encoder, and for one that is not made of convolutions."""
         super().__init__()
         checked = checked_encoder(encoder)
@@ -68,6 +74,7 @@ class Spark(nn.Module):
         if config.decoder_width % _GROUPS:
             raise ValueError(f"decoder_width must be a multiple of {_GROUPS}, got {config.decoder_width}")
         self.config = config
+        self.gather = gather
         self.encoder = encoder
         self.patch_vox = checked.token_stride_vox
         unit = config.mask_unit_tokens
@@ -88,8 +95,15 @@ class Spark(nn.Module):
         views = batch.global_views()
         image = stacked_images(views, "spark")
         weight = lung_weight(views, self.config.outside_lung_weight)
-        ratio, unit = self.config.mask_ratio, self.unit_tokens
-        mask = drawn_masks(image, self.patch_vox, ratio=ratio, unit=unit, training=self.training).to(image.device)
+        mask = drawn_masks(
+            image,
+            self.patch_vox,
+            views=len(views),
+            ratio=self.config.mask_ratio,
+            unit=self.unit_tokens,
+            training=self.training,
+            gather=self.gather,
+        ).to(image.device)
         z, y, x = image.shape[2:]
         hidden = mask.unflatten(1, token_grid((z, y, x), self.patch_vox))
         with hidden_from(self.encoder, hidden):
@@ -98,9 +112,11 @@ class Spark(nn.Module):
         loss = self._loss(predicted, image, mask, weight)
         with torch.no_grad():
             zero_loss = self._loss(torch.zeros_like(predicted), image, mask, weight)
+        still = ratio_to_still(loss, zero_loss)
+        loss = rank_part(loss, hidden_weight(weight, mask, self.patch_vox), self.gather)
         metrics = {
             "loss": loss.detach(),
-            "loss_vs_zero": ratio_to_still(loss, zero_loss),
+            "loss_vs_zero": still,
             "masked_share": mask.float().mean(),
         }
         return StepOutput(loss=loss, metrics=metrics)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lungssl_methods.correspondence import Matches, half_diagonal_mm, sample_matches
 from lungssl_methods.latent import take
+from lungssl_methods.method import Gather
 from lungssl_methods.points import pyramid_at
 
 LATTICE_VOX = 2
@@ -33,6 +34,7 @@ def taught_matches(
     reach_mm: float,
     residual_mm: float,
     generator: torch.Generator | None = None,
+    gather: Gather | None = None,
 ) -> Matches:
     """`count` random lung points per sample of `first`, with the places of `second` whose features match theirs.
 
@@ -41,7 +43,7 @@ def taught_matches(
     the lattice's diagonal where that is more, are not valid. No gradient.
     """
     with torch.no_grad(), torch.autocast(first.image.device.type, enabled=False):
-        points = sample_matches(first, first, count, generator=generator)
+        points = sample_matches(first, first, count, generator=generator, gather=gather)
         here, there = (_lattice(view, of, strides_vox) for view, of in zip((first, second), features, strict=True))
         query = F.normalize(pyramid_at(features[0], strides_vox, points.first_vox), dim=-1)
         start_mm = points.second_mm @ affine[:, :, :3].mT + affine[:, None, :, 3]

@@ -103,6 +103,7 @@ class Vox2Vec(nn.Module):
                 self.strides_vox,
                 self.config.points,
                 generator=generator,
+                gather=self.gather,
             )
             for i, j in pairs
         ]
