@@ -19,6 +19,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on, e.g. a loss that is not a number. Exit code 1."""
 
 
+class OtherRankError(RuntimeError):
+    """The first rank of a distributed run failed, and says why itself. Exit code 1."""
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and one line for an error; never a traceback or a local variable."""
     text = " ".join(str(error).split())
@@ -31,6 +35,13 @@ def explain(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, ConfigError):
         return USAGE, text
+    if isinstance(error, OtherRankError):
+        return FAILED, f"ended with the first rank ({text})"
+    if _rank_gone(error):
+        return FAILED, (
+            f"another rank has gone ({text[:120]}); what it said is in its own output. The newest checkpoint stays: "
+            f"start again with --resume"
+        )
     # The data package has its own ValueErrors, this app must not import it (and torch) to name them.
     if isinstance(error, DataError | OSError) or any(
         c.__module__.startswith("lungssl_data") for c in type(error).__mro__
@@ -48,6 +59,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _rank_gone(error: BaseException) -> bool:
+    # gloo raises a bare RuntimeError with its source file in it, NCCL a DistBackendError.
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))
 
 
 def _out_of_memory(error: BaseException) -> bool:

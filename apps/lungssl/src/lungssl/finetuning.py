@@ -28,6 +28,7 @@ from lungssl.evaluation import evaluate_model, per_patient
 from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, check_spacing
 from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
+from lungssl.training.ranks import check_alone
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.step_cost import measure_steps
 
@@ -177,6 +178,7 @@ def finetune_segment(
     `judged` of these.
     Raises ConfigError, the data package's errors, and what `fit` raises.
     """
+    check_alone("fine-tuning")
     parts = build_finetuning(recipe, data, encoder=encoder, labels=labels, device=device)
     weights = None if encoder is None else file_sha256(encoder)
     seen = f"{parts.cache.fingerprint()}, labels of {' '.join(parts.crops.patients)}, encoder {weights}"

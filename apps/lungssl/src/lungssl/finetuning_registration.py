@@ -18,6 +18,7 @@ from lungssl.errors import ConfigError
 from lungssl.finetuning import Labels, encoder_of, file_sha256
 from lungssl.training.loop import fit
 from lungssl.training.precision import autocast, pick_device
+from lungssl.training.ranks import check_alone
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.step_cost import measure_steps
 
@@ -109,6 +110,7 @@ def finetune_register(
 
     Raises ConfigError, the data package's errors, and what `fit` raises.
     """
+    check_alone("fine-tuning")
     parts = build(recipe, data, encoder=encoder, labels=labels, device=device)
     weights = None if encoder is None else file_sha256(encoder)
     seen = f"{parts.fingerprint}, pairs {' '.join(parts.pairs.patients)}, encoder {weights}"

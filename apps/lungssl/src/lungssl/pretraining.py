@@ -3,7 +3,8 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from lungssl_data.cache import PairCache
 from lungssl_data.crops import CropConfig, PairCrops, usable_patients
 from lungssl_data.views import ViewSampler
 from lungssl_methods.collapse import CollapseMonitor
+from lungssl_methods.method import Gather, LocalGather
 from lungssl_methods.monitor import Evaluation, LearningCheck
 from lungssl_methods.probe_set import ProbeSet
+from lungssl_methods.ranks import RanksGather
 from torch import nn
 
 from lungssl.auto_values import settle
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError, DataError
-from lungssl.training.logs import read_metrics
-from lungssl.training.loop import fit, micro_seed
-from lungssl.training.precision import autocast, pick_device
+from lungssl.training.logs import OpenLogs, read_metrics, run_logs
+from lungssl.training.loop import FitResult, fit, micro_seed
+from lungssl.training.precision import autocast
+from lungssl.training.ranks import ALONE, Ranks, check_alone, joined
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.step_cost import measure_steps
 from lungssl.training.watch import NotFiniteError
@@ -51,12 +55,16 @@ class Pretraining:
     fingerprint: str
     """Of the cache."""
     device: torch.device
+    ranks: Ranks = ALONE
+    gather: LocalGather | RanksGather = field(default_factory=LocalGather)
+    """The method's."""
     reasons: tuple[str, ...] = ()
     """What was found for values that the recipe left to the run's size, and why."""
 
     def read(self, index: int) -> CropBatch:
-        """Crops of micro-batch `index`."""
-        return self.crops.batch(index, self.recipe.train.batch)
+        """This rank's crops of micro-batch `index`."""
+        size = self.ranks.size
+        return self.crops.batch(index * size + self.ranks.rank, self.recipe.train.batch // size)
 
     def prepare(self, crops: CropBatch, index: int) -> PairBatch:
         """Its views on the device; the seed and `index` alone decide them."""
@@ -64,22 +72,34 @@ class Pretraining:
         return self.sampler(crops.to(self.device), generator)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean figures over the held-out crops, seen through the same views every time."""
+        """Mean figures over the held-out crops, seen through the same views every time; each rank looks at some."""
         self.method.eval()
-        totals: dict[str, float] = {}
-        with torch.no_grad(), autocast(self.device, self.recipe.train.precision):
-            for index, crops in enumerate(self.held_out):
+        alone = self.gather.alone() if isinstance(self.gather, RanksGather) else nullcontext()
+        sampler = self.recipe.views.build()
+        found: dict[int, dict[str, float]] = {}
+        with torch.no_grad(), autocast(self.device, self.recipe.train.precision), alone:
+            for index in range(self.ranks.rank, len(self.held_out), self.ranks.size):
                 seed = micro_seed(_HELD_OUT, index)
                 torch.manual_seed(seed)
-                views = self.sampler(crops.to(self.device), torch.Generator().manual_seed(seed))
-                for name, value in self.method(views, step).metrics.items():
-                    totals[name] = totals.get(name, 0.0) + float(value) / len(self.held_out)
+                views = sampler(self.held_out[index].to(self.device), torch.Generator().manual_seed(seed))
+                found[index] = {name: float(value) for name, value in self.method(views, step).metrics.items()}
+        for others in self.ranks.all(found):
+            found |= others
+        totals: dict[str, float] = {}
+        for index in range(len(self.held_out)):
+            for name, value in found[index].items():
+                totals[name] = totals.get(name, 0.0) + value / len(self.held_out)
         return totals
 
     def probe_set(self) -> Callable[[], dict[str, float]] | None:
-        """Figures of plain held-out views by the exported encoder, against the encoder as it is now."""
+        """Figures of plain held-out views by the exported encoder, against the encoder as it is now.
+
+        By the first rank, for all.
+        """
         if not self.probed:
             return None
+        if not self.ranks.first:
+            return lambda: self.ranks.from_first(dict)
         precision = self.recipe.train.precision
 
         def encoder() -> nn.Module:
@@ -92,7 +112,7 @@ class Pretraining:
             with autocast(self.device, precision):
                 return probe.figures(encoder())
 
-        return figures
+        return lambda: self.ranks.from_first(figures)
 
     def describe(self) -> str:
         """One line: patients, batch, parameters, device."""
@@ -103,17 +123,30 @@ class Pretraining:
         return (
             f"{len(self.crops)} training patients, {held_out} held out ({self.held_out_split}); {together} a step; "
             f"{trained / 1e6:.2f} M trained parameters; {self.device.type}"
+            + (f"; {self.ranks.size} ranks" if self.ranks.size > 1 else "")
         )
 
 
 def build_pretraining(
-    recipe: Recipe, data: Path, *, device: str = "auto", recorded: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    data: Path,
+    *,
+    device: str = "auto",
+    recorded: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Pretraining:
     """Open the cache, make crops, encoder and method. Raises ConfigError for parts that don't fit together.
 
     `recorded` is the config.yaml of the run to be resumed, which keeps what was found for its "auto" values.
+    `ranks`: among which the batch is shared out.
     """
-    where = pick_device(device)
+    where = ranks.device(device)
+    if recipe.train.batch % ranks.size:
+        near = max(1, round(recipe.train.batch / ranks.size)) * ranks.size
+        raise ConfigError(
+            f"train.batch: {recipe.train.batch} patients don't share out among {ranks.size} ranks; take {near}, or "
+            f"another number of processes"
+        )
     cache = PairCache(data)
     recipe = at_spacing(recipe, cache_spacing_mm(cache))
     patients = len(usable_patients(cache, recipe.data, "train"))
@@ -121,7 +154,8 @@ def build_pretraining(
     recipe, reasons = settle(recipe, patients=patients, recorded=recorded)
     train = recipe.train
     torch.manual_seed(micro_seed(recipe.seed, _BUILD))
-    encoder, method = build_method(recipe)
+    gather = ranks.gather()
+    encoder, method = build_method(recipe, gather=gather, prepare=lambda encoder: ranks.synchronised(encoder, where))
     if getattr(method, "needs_correspondences", False):  # the method decides it, as the data decides the spacing
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, correspondences=True))
         reasons = [*reasons, *said_of_correspondences(recipe, cache)]
@@ -141,24 +175,32 @@ def build_pretraining(
         recipe=recipe,
         method=method.to(where),
         crops=PairCrops(cache, recipe.data, split="train", seed=recipe.seed),
-        sampler=recipe.views.build(),
+        sampler=recipe.views.build(rank=ranks.rank, ranks=ranks.size),
         held_out=held_out(recipe.data),
         probed=held_out(dataclasses.replace(recipe.data, correspondences=True, partner="own")),
         held_out_split=split,
         fingerprint=cache.fingerprint(),
         device=where,
+        ranks=ranks,
+        gather=gather,
         reasons=tuple(reasons),
     )
 
 
-def build_method(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
-    """Encoder and method with random weights. Raises ConfigError or ValueError for parts that don't fit together."""
+def build_method(
+    recipe: Recipe, *, gather: Gather | None = None, prepare: Callable[[nn.Module], nn.Module] = lambda encoder: encoder
+) -> tuple[nn.Module, nn.Module]:
+    """Encoder, changed by `prepare`, and method with random weights.
+
+    Raises ConfigError or ValueError for parts that don't fit together.
+    """
     if recipe.method is None:
         raise ConfigError("this recipe has no `method`: it is for `lungssl finetune`; see `lungssl list recipes`")
     encoder = create_backbone(recipe.backbone.name, **dataclasses.asdict(recipe.backbone.config))
     check_sizes(recipe, encoder)
+    encoder = prepare(encoder)
     batch = recipe.train.batch * recipe.train.accumulate
-    method = recipe.method.config.build(encoder, total_steps=recipe.train.steps, effective_batch=batch)
+    method = recipe.method.config.build(encoder, total_steps=recipe.train.steps, effective_batch=batch, gather=gather)
     views = recipe.views
     method.check_views(globals_per_slot=views.globals_per_slot, locals_per_slot=views.locals_per_slot)
     if recipe.train.accumulate > 1 and not method.batch_separable:
@@ -238,24 +280,51 @@ def check_sizes(recipe: Recipe, encoder: nn.Module) -> None:
 
 
 def pretrain(
-    recipe: Recipe, *, data: Path, out: Path, device: str = "auto", resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    *,
+    data: Path,
+    out: Path,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    logs: OpenLogs = run_logs,
 ) -> dict[str, Any]:
     """Train, judge and export; returns what summary.json holds.
 
-    Raises ConfigError, the data package's errors, and what `fit` raises.
+    In processes that `torchrun` started it is one of a run's ranks. `logs` as in `fit`. Raises ConfigError, the data
+    package's errors, and what `fit` raises.
     """
+    with joined() as ranks:
+        return _pretrain(recipe, data, out, device, ranks, logs, resume=resume, overwrite=overwrite)
+
+
+def _pretrain(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    device: str,
+    ranks: Ranks,
+    logs: OpenLogs,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
     recorded = (
         yaml.safe_load((out / "config.yaml").read_text("utf-8")) if resume and (out / "config.yaml").is_file() else None
     )
-    parts = build_pretraining(recipe, data, device=device, recorded=recorded)
-    run = RunFolder.start(
-        out,
-        parts.recipe.as_dict(),
-        data_fingerprint=parts.fingerprint,
-        comments=parts.reasons,
-        resume=resume,
-        overwrite=overwrite,
+    parts = build_pretraining(recipe, data, device=device, recorded=recorded, ranks=ranks)
+    run = ranks.from_first(
+        lambda: RunFolder.start(
+            out,
+            parts.recipe.as_dict(),
+            data_fingerprint=parts.fingerprint,
+            comments=parts.reasons,
+            ranks=ranks.size,
+            resume=resume,
+            overwrite=overwrite,
+        )
     )
+    run.quiet = not ranks.first
     run.say(parts.describe())
     for reason in parts.reasons:
         run.say(reason)
@@ -274,10 +343,18 @@ def pretrain(
             evaluate=parts.evaluate if parts.held_out else None,
             probe=parts.probe_set(),
             bounds=alarm_bounds(parts.method),
+            ranks=ranks,
+            logs=logs,
         )
     except NotFiniteError as error:
         run.say(f"to see where: lungssl pretrain {out / 'config.yaml'} --data {data} --replay {error.kept}")
         raise
+    return ranks.from_first(lambda: _finish(parts, run, result, started))
+
+
+def _finish(parts: Pretraining, run: RunFolder, result: FitResult, started: float) -> dict[str, Any]:
+    """Export the encoder, judge the run, write summary.json and return what it holds."""
+    recipe = parts.recipe
     summary: dict[str, Any] = {"step": result.step, "stopped_by": result.stopped_by, "data": parts.fingerprint}
     summary |= {"alarms": list(result.alarms), "returns": list(result.returns)}
     if result.stopped_by is None:
@@ -332,6 +409,7 @@ def judge(history: Sequence[Mapping[str, Any]], alarms: Sequence[str] = ()) -> d
 
 def dry_run(recipe: Recipe, *, data: Path, device: str = "auto") -> str:
     """Build everything, make two steps, write nothing; returns what a run would be and cost."""
+    check_alone("--dry-run")
     parts = build_pretraining(recipe, data, device=device)
     train, where = parts.recipe.train, parts.device
     cost = measure_steps(

@@ -9,6 +9,7 @@ from lungssl.errors import ConfigError
 from lungssl.pretraining import build_pretraining
 from lungssl.training.loop import micro_seed
 from lungssl.training.precision import autocast
+from lungssl.training.ranks import check_alone
 from lungssl.training.watch import first_bad_modules, read_step
 
 
@@ -18,6 +19,7 @@ def replay(recipe: Recipe, kept: Path, *, data: Path, device: str = "auto") -> s
     `recipe` is the run's config.yaml and `kept` a file of its `nan` folder. Raises DataError for another file,
     ConfigError where it is of another model.
     """
+    check_alone("--replay")
     found = read_step(kept)
     parts = build_pretraining(recipe, data, device=device, recorded=recipe.as_dict())
     method, train = parts.method, parts.recipe.train

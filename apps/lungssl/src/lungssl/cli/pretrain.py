@@ -43,7 +43,10 @@ def pretrain(
         import sys
 
         from lungssl.cohort import builtin_cohort
+        from lungssl.training.ranks import launched
 
+        if launched() > 1:
+            raise ConfigError("--data is missing: make the built-in cohort with one process first, then name its cache")
         data = builtin_cohort(say=lambda line: print(line, file=sys.stderr))
     if replay is not None:
         from lungssl import replaying
@@ -52,4 +55,7 @@ def pretrain(
     elif dry_run:
         print(pretraining.dry_run(resolved, data=data, device=device))
     elif out is not None:
+        from lungssl.training.ranks import restarted
+
+        resume = resume or restarted()
         pretraining.pretrain(resolved, data=data, out=out, device=device, resume=resume, overwrite=overwrite)

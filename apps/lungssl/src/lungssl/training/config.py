@@ -13,7 +13,8 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps. A finished run is extended by raising it and `--resume`."""
     batch: int = 4
-    """Patients per micro-step; a step sees batch * accumulate of them, each through both slots."""
+    """Patients per micro-step, on all ranks together; a step sees batch * accumulate of them, each through both
+    slots."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
     lr: float | Literal["auto"] = 1e-3

@@ -3,6 +3,9 @@
 The micro-step's index decides everything random in it: `read(index)` is a pure function, torch's generators are seeded
 from (seed, index) before `prepare` and the forward pass. So a resumed run repeats an uninterrupted one bit for bit, on
 the CPU with the same number of threads.
+
+Several ranks share each micro-batch: each reads its samples and draws for all, gradients and figures are averaged
+before anything is judged by them, so that every rank takes the same way. The first one writes.
 """
 
 import hashlib
@@ -10,7 +13,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +24,7 @@ from lungssl_data.batch import StepOutput
 from lungssl_methods.collapse import CollapseMonitor
 from lungssl_methods.schedules import warmup_cosine
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lungssl.errors import TrainingError
 from lungssl.training.allocator import keep_freed_memory
@@ -31,9 +37,10 @@ from lungssl.training.checkpoint import (
     watch_state,
 )
 from lungssl.training.config import TrainConfig
-from lungssl.training.logs import MetricsLog
+from lungssl.training.logs import OpenLogs, Together, run_logs
 from lungssl.training.precision import autocast
 from lungssl.training.progress import Progress, shown
+from lungssl.training.ranks import ALONE, Ranks
 from lungssl.training.read_ahead import read_ahead
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.stop import StopRequest
@@ -101,27 +108,34 @@ def fit(
     evaluate: Evaluate | None = None,
     probe: Probe | None = None,
     bounds: CollapseMonitor.Config | None = None,
+    ranks: Ranks = ALONE,
+    logs: OpenLogs = run_logs,
 ) -> FitResult:
     """Train `module` (a `Trainable` on `device`) from the newest checkpoint of `run` to `config.steps`.
 
     `read(index)` gives micro-batch `index` on the CPU, in a background thread or process; `prepare(batch, index)` makes
-    of it what the module is called with. `probe` is called with each held-out evaluation, `bounds`
-    are those of its alarms. Raises NotFiniteError, a
-    TrainingError, where loss or gradient is no number, TrainingError on an alarm as `config.on_collapse` has it, and
-    KeyboardInterrupt after Ctrl-C; in all cases the last checkpoint stays.
+    of it what the module is called with. `probe` is called with each held-out evaluation, `bounds` are those of its
+    alarms. As one of several `ranks`, `read` gives this rank's samples; `evaluate` and `probe` are called on each and
+    give each the same. `logs` opens what is told the figures, on the first rank.
+
+    Raises NotFiniteError, a TrainingError, where loss or gradient is no number, TrainingError on an alarm as
+    `config.on_collapse` has it, and KeyboardInterrupt after Ctrl-C; in all cases the last checkpoint stays.
     """
     if device.type == "cpu":
         keep_freed_memory()
     rollbacks: list[int] = []
     watch = Watch(config.on_collapse, say=run.say, bounds=bounds)
+    replica = ranks.replica(module, device)
+    parts = (module, replica, read, prepare, config, run, seed, device, evaluate, probe, watch, ranks, logs)
     while True:
         try:
-            return _fit(module, read, prepare, config, run, seed, device, evaluate, probe, watch, resumed=not rollbacks)
+            return _fit(*parts, resumed=not rollbacks)
         except RollbackError as alarm:
             reason = str(alarm)
-            if not checkpoints(run.checkpoints):
+            start = ranks.from_first(lambda: _go_back(run, rollbacks))
+            if start is None:
                 raise TrainingError(f"{reason}; there is no checkpoint to go back to. Look at the data") from alarm
-            start = _go_back(run, rollbacks)
+            rollbacks.append(start)
             if len(rollbacks) > MOST_ROLLBACKS:
                 raise TrainingError(
                     f"{reason}; after {MOST_ROLLBACKS} returns to a checkpoint with half the rate each time it came "
@@ -137,6 +151,7 @@ def fit(
 
 def _fit(
     module: nn.Module,
+    replica: nn.Module,
     read: Callable[[int], Any],
     prepare: Callable[[Any, int], Any],
     config: TrainConfig,
@@ -146,12 +161,14 @@ def _fit(
     evaluate: Evaluate | None,
     probe: Probe | None,
     watch: Watch,
+    ranks: Ranks,
+    logs: OpenLogs,
     *,
     resumed: bool,
 ) -> FitResult:
     """From the newest checkpoint to the end, or to an alarm that RollbackError tells."""
     optimizer = make_optimizer(module, config)
-    checkpoint = newest_valid(run.checkpoints, say=run.say)
+    checkpoint = ranks.from_first(lambda: newest_valid(run.checkpoints, say=run.say))
     start = 0
     if checkpoint is not None:
         start = load_checkpoint(checkpoint, module, optimizer)
@@ -159,8 +176,8 @@ def _fit(
     if start and resumed:
         run.say(f"resuming after step {start}")
     stream = read_ahead(read, start * config.accumulate, config.steps * config.accumulate, workers=config.workers)
-    log = MetricsLog(run.metrics, run.tensorboard, after_step=start if checkpoint is not None else -1)
-    progress = Progress(config.steps, start, say=run.say, note=run.note)
+    log = Together(logs(run, start if checkpoint is not None else -1) if ranks.first else [])
+    progress = Progress(config.steps, start, say=run.say, note=run.note, terminal=None if ranks.first else False)
     done, reason = start, None
 
     def held_out() -> None:
@@ -179,7 +196,11 @@ def _fit(
     def checkpoint_now() -> None:
         log.sync()
         state = watch.state()
-        save_checkpoint(run.checkpoints, done, module, optimizer, keep=config.keep_checkpoints, watch=state)
+
+        def write() -> None:
+            save_checkpoint(run.checkpoints, done, module, optimizer, keep=config.keep_checkpoints, watch=state)
+
+        ranks.from_first(write)
 
     try:
         with StopRequest(run.stop) as stop:
@@ -201,14 +222,16 @@ def _fit(
                         seed=seed,
                         device=device,
                         rate_scale=watch.rate_scale,
+                        replica=replica,
+                        ranks=ranks,
                     )
                 except NotFiniteError as error:
-                    error.kept = keep_step(run.nan, error, module, before)
+                    error.kept = ranks.from_first(partial(keep_step, run.nan, error, module, before))
                     if config.on_collapse == "rollback":
                         raise RollbackError(f"{error.what} is {error.value} at step {error.step + 1}") from error
                     raise
                 done += 1
-                reason = stop.reason
+                reason = ranks.agreed(stop.reason)
                 progress.update(done, values, timing["data_wait_s"])
                 if done % config.log_every == 0 or done == config.steps:
                     log.write(done, values, timing)
@@ -221,7 +244,8 @@ def _fit(
         stream.close()
         log.close()
     if reason is not None:
-        run.stop.unlink(missing_ok=True)
+        if ranks.first:
+            run.stop.unlink(missing_ok=True)
         run.say(f"stopped by {reason} after step {done}, checkpoint written; continue with --resume")
     if reason == "SIGINT":
         raise KeyboardInterrupt
@@ -230,13 +254,12 @@ def _fit(
     return FitResult(step=done, stopped_by=ended, alarms=alarms, returns=tuple(watch.returns))
 
 
-def _go_back(run: RunFolder, rollbacks: list[int]) -> int:
-    """The step of the checkpoint to return to, noted in `rollbacks`; one that led to an alarm twice is dropped."""
+def _go_back(run: RunFolder, rollbacks: list[int]) -> int | None:
+    """The step of the checkpoint to return to, None without one; one that led to an alarm twice is dropped."""
     found = checkpoints(run.checkpoints)
     if len(found) > 1 and step_of(found[-1]) in rollbacks:
         shutil.rmtree(found.pop())
-    rollbacks.append(step_of(found[-1]))
-    return rollbacks[-1]
+    return step_of(found[-1]) if found else None
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -256,11 +279,14 @@ def train_step(
     seed: int,
     device: torch.device,
     rate_scale: float = 1.0,
+    replica: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One optimizer step over `config.accumulate` micro-batches; returns mean figures and timing.
 
-    Raises NotFiniteError before any weight has moved.
+    `replica`: of `ranks`, by which `module` is called. Raises NotFiniteError before any weight has moved.
     """
+    replica = module if replica is None else replica
     started = time.perf_counter()
     waited = 0.0
     lr, weight_decay = _scheduled(step, config)
@@ -275,18 +301,25 @@ def train_step(
         waited += time.perf_counter() - before
         torch.manual_seed(micro_seed(seed, index))
         inputs = prepare(batch, index)
-        with autocast(device, config.precision):
-            output: StepOutput = module(inputs, step)
-        figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}
-        if not math.isfinite(figures["loss"]):
+        # Gradients of accumulated micro-batches are averaged over ranks once, with the last.
+        last = index == (step + 1) * config.accumulate - 1
+        wait = isinstance(replica, DistributedDataParallel) and not last
+        with replica.no_sync() if wait else nullcontext():  # pyright: ignore[reportCallIssue]
+            with autocast(device, config.precision):
+                output: StepOutput = replica(inputs, step)
+            figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}
+            figures = ranks.mean(figures)
+            bad = not math.isfinite(figures["loss"])
+            if not bad or ranks.size > 1:  # a replica's forward pass must be followed by its backward pass
+                (output.loss / config.accumulate).backward()
+        if bad:
             raise NotFiniteError("loss", figures["loss"], step=step, index=index)
-        (output.loss / config.accumulate).backward()
         for name, value in figures.items():
             values[name] = values.get(name, 0.0) + value / config.accumulate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
     if not math.isfinite(norm):
-        raise NotFiniteError("gradient norm", norm, step=step, index=index)
+        raise NotFiniteError("gradient norm", norm, step=step, index=(step + 1) * config.accumulate - 1)
     optimizer.step()
     module.after_optimizer_step(step)  # pyright: ignore[reportCallIssue] (Trainable, also an nn.Module)
     values |= {"lr": lr, "weight_decay": weight_decay, "grad_norm": norm}

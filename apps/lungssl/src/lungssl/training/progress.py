@@ -15,10 +15,19 @@ class Progress:
     `say` prints a line and keeps it; `note` only keeps it, for what a terminal shows in place.
     """
 
-    def __init__(self, steps: int, done: int, *, say: Callable[[str], None], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        steps: int,
+        done: int,
+        *,
+        say: Callable[[str], None],
+        note: Callable[[str], None],
+        terminal: bool | None = None,
+    ) -> None:
+        """`terminal`: whether to show an updating line on stderr; None asks it."""
         self.steps = steps
         self._say, self._note = say, note
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
         self._started: float | None = None
         self._printed = self._noted = 0.0
         self._first = done

@@ -1,7 +1,7 @@
 """The folder of one run.
 
 config.yaml      the resolved recipe; `lungssl pretrain <run>/config.yaml` repeats the run
-env.json         versions, machine, commit, command line and data fingerprint; no patient data
+env.json         versions, machine, ranks, commit, command line and data fingerprint; no patient data
 train.log        what was printed, with times
 metrics.jsonl    one line per logged step; see `logs.py`
 tb/              the same for TensorBoard
@@ -42,6 +42,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.quiet = False
+        """True on all ranks but the first of a distributed run: nothing is said, nothing written."""
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tb"
@@ -57,12 +59,14 @@ class RunFolder:
         *,
         data_fingerprint: str = "",
         comments: Sequence[str] = (),
+        ranks: int = 1,
         resume: bool = False,
         overwrite: bool = False,
     ) -> "RunFolder":
         """Make the folder, or continue or replace the run in it.
 
-        `config` is the resolved recipe as plain values; `comments` are lines to put above it. Raises ConfigError for a
+        `config` is the resolved recipe as plain values; `comments` are lines to put above it; `ranks` is how many
+        processes train. Raises ConfigError for a
         used folder without `resume` or `overwrite`, for a folder that is no run, and for a resumed run whose
         configuration or data differ.
         """
@@ -87,16 +91,21 @@ class RunFolder:
         # config.yaml first: it marks the folder as a run, so that a run killed here can be resumed or replaced.
         above = "".join(f"# {line}\n" for line in comments)
         write_atomic(path / "config.yaml", above + yaml.safe_dump(dict(config), sort_keys=False))
-        write_atomic(path / "env.json", json.dumps(environment() | {"data": data_fingerprint}, indent=1))
+        write_atomic(
+            path / "env.json", json.dumps(environment() | {"ranks": ranks, "data": data_fingerprint}, indent=1)
+        )
         return run
 
     def say(self, text: str) -> None:
         """Print a line to stderr and keep it in train.log."""
-        print(text, file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
         self.note(text)
 
     def note(self, text: str) -> None:
         """Keep a line in train.log only."""
+        if self.quiet:
+            return
         with open(self.path / "train.log", "a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
