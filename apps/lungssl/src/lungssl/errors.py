@@ -35,6 +35,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, ConfigError):
         return USAGE, text
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return FAILED, f"disk full ({text}); make room. A run goes on from its newest checkpoint with --resume"
     if isinstance(error, OtherRankError):
         return FAILED, f"ended with the first rank ({text})"
     if _rank_gone(error):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lungssl.errors import ConfigError, DataError
+from lungssl.errors import ConfigError, DataError, TrainingError
 
 FORMAT_VERSION = 1
 
@@ -34,28 +34,45 @@ def save_checkpoint(
     keep: int,
     watch: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `folder/step_<step>` and drop all but the `keep` newest checkpoints. `watch`: plain values to add."""
+    """Write `folder/step_<step>` and drop all but the `keep` newest checkpoints. `watch`: plain values to add.
+
+    Raises TrainingError where the disk is full or the folder can't be written: earlier checkpoints are as they were.
+    """
     target = folder / f"step_{step}"
     temporary = folder / f".step_{step}.{os.getpid()}.tmp"
+    try:
+        _write(temporary, step, module, optimizer, watch or {})
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one that a resumed run passed again
+        os.replace(temporary, target)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:  # safetensors' own where the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(
+            f"{target}: the checkpoint can't be written ({error}); those before it stay. Make room, or lower "
+            f"train.keep_checkpoints, and go on with --resume"
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(
+    temporary: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, watch: Mapping[str, Any]
+) -> None:
+    """All files of a checkpoint, on the disk."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # clone: safetensors refuses tensors that share memory, as tied weights do.
     model = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     save_file(model, temporary / "model.safetensors")
     save_file(_optimizer_tensors(optimizer) | _rng_tensors(), temporary / "optimizer.safetensors")
-    state: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "watch": dict(watch or {})}
+    state: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "watch": dict(watch)}
     state["parameters"] = sum(len(group["params"]) for group in optimizer.param_groups)
     state["sha256"] = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
     (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for file in temporary.iterdir():
         _fsync(file)
     _fsync(temporary)
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one that a resumed run passed again
-    os.replace(temporary, target)
-    _fsync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
 
 
 def checkpoints(folder: Path) -> list[Path]:

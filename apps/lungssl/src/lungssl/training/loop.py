@@ -147,6 +147,13 @@ def fit(
             for part in module.modules():
                 if isinstance(part, Forgets):  # counts of a step that was left in its middle
                     part.forget()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(  # torch raises it at any moment of a step
+                f"a process that reads crops has died ({' '.join(str(error).split())[:200]}), perhaps for want of "
+                f"memory; lower train.workers, and go on from the newest checkpoint with --resume"
+            ) from error
 
 
 def _fit(

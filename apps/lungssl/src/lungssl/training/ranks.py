@@ -109,7 +109,8 @@ class Ranks:
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True, **{buffers: False})
+        options: dict[str, Any] = {buffers: False}
+        return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True, **options)
 
     def synchronised(self, encoder: nn.Module, device: torch.device) -> nn.Module:
         """The encoder with batch norms that see the samples of all ranks.
