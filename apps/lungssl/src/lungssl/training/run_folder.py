@@ -71,7 +71,8 @@ class RunFolder:
         configuration or data differ.
         """
         run = cls(path)
-        used = path.is_dir() and any(path.iterdir())
+        # But for a first config.yaml that was never finished.
+        used = path.is_dir() and any(not one.match(".config.yaml.*.tmp") for one in path.iterdir())
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--out {path} is a file; name a folder")
         if used and not (path / "config.yaml").is_file():
@@ -85,12 +86,13 @@ class RunFolder:
             run._clear()
         elif used:
             run._check_unchanged(config, data_fingerprint)
-        for folder in (path, run.checkpoints, run.export):
-            folder.mkdir(parents=True, exist_ok=True)
-        run.stop.unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         # config.yaml first: it marks the folder as a run, so that a run killed here can be resumed or replaced.
         above = "".join(f"# {line}\n" for line in comments)
         write_atomic(path / "config.yaml", above + yaml.safe_dump(dict(config), sort_keys=False))
+        run.stop.unlink(missing_ok=True)
+        for folder in (run.checkpoints, run.export):
+            folder.mkdir(exist_ok=True)
         write_atomic(
             path / "env.json", json.dumps(environment() | {"ranks": ranks, "data": data_fingerprint}, indent=1)
         )
