@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from lungssl.training.config import TrainConfig
+from lungssl.training.logs import OpenLogs, run_logs
 from lungssl.training.loop import FitResult, Probe, fit
 from lungssl.training.run_folder import RunFolder
 from lungssl_data.batch import StepOutput
@@ -48,6 +49,8 @@ def train(
     send: int = signal.SIGKILL,
     resume: bool = False,
     probe: Probe | None = None,
+    logs: OpenLogs = run_logs,
+    profile: int = 0,
     **options: object,
 ) -> tuple[FitResult, FakeMethod]:
     """Make or continue a run; with `die_at` the process gets the signal `send` while it prepares that micro-batch."""
@@ -77,6 +80,8 @@ def train(
         device=torch.device("cpu"),
         evaluate=evaluate,
         probe=probe,
+        logs=logs,
+        profile=profile,
     )
     return result, method
 

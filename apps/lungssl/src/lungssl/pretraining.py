@@ -288,14 +288,15 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     logs: OpenLogs = run_logs,
+    profile: int = 0,
 ) -> dict[str, Any]:
     """Train, judge and export; returns what summary.json holds.
 
-    In processes that `torchrun` started it is one of a run's ranks. `logs` as in `fit`. Raises ConfigError, the data
-    package's errors, and what `fit` raises.
+    In processes that `torchrun` started it is one of a run's ranks. `logs` and `profile` as in `fit`. Raises
+    ConfigError, the data package's errors, and what `fit` raises.
     """
     with joined() as ranks:
-        return _pretrain(recipe, data, out, device, ranks, logs, resume=resume, overwrite=overwrite)
+        return _pretrain(recipe, data, out, device, ranks, logs, profile, resume=resume, overwrite=overwrite)
 
 
 def _pretrain(
@@ -305,6 +306,7 @@ def _pretrain(
     device: str,
     ranks: Ranks,
     logs: OpenLogs,
+    profile: int,
     *,
     resume: bool,
     overwrite: bool,
@@ -345,6 +347,7 @@ def _pretrain(
             bounds=alarm_bounds(parts.method),
             ranks=ranks,
             logs=logs,
+            profile=profile,
         )
     except NotFiniteError as error:
         run.say(f"to see where: lungssl pretrain {out / 'config.yaml'} --data {data} --replay {error.kept}")

@@ -22,6 +22,9 @@ def pretrain(
         Path | None,
         typer.Option(help="A step that gave no number (<run>/nan/*): repeat it, print where; writes nothing."),
     ] = None,
+    profile: Annotated[
+        int, typer.Option(min=0, help="Steps to run under torch's profiler: RUN/profile says where their time went.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Pretrain an encoder without labels.
@@ -58,4 +61,6 @@ def pretrain(
         from lungssl.training.ranks import restarted
 
         resume = resume or restarted()
-        pretraining.pretrain(resolved, data=data, out=out, device=device, resume=resume, overwrite=overwrite)
+        pretraining.pretrain(
+            resolved, data=data, out=out, device=device, resume=resume, overwrite=overwrite, profile=profile
+        )

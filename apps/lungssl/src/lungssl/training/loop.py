@@ -39,6 +39,7 @@ from lungssl.training.checkpoint import (
 from lungssl.training.config import TrainConfig
 from lungssl.training.logs import OpenLogs, Together, run_logs
 from lungssl.training.precision import autocast
+from lungssl.training.profiling import StepProfiler, part
 from lungssl.training.progress import Progress, shown
 from lungssl.training.ranks import ALONE, Ranks
 from lungssl.training.read_ahead import read_ahead
@@ -110,13 +111,15 @@ def fit(
     bounds: CollapseMonitor.Config | None = None,
     ranks: Ranks = ALONE,
     logs: OpenLogs = run_logs,
+    profile: int = 0,
 ) -> FitResult:
     """Train `module` (a `Trainable` on `device`) from the newest checkpoint of `run` to `config.steps`.
 
     `read(index)` gives micro-batch `index` on the CPU, in a background thread or process; `prepare(batch, index)` makes
     of it what the module is called with. `probe` is called with each held-out evaluation, `bounds` are those of its
     alarms. As one of several `ranks`, `read` gives this rank's samples; `evaluate` and `probe` are called on each and
-    give each the same. `logs` opens what is told the figures, on the first rank.
+    give each the same. `logs` opens what is told the figures, on the first rank, where `profile`
+    steps are profiled into the run's folder.
 
     Raises NotFiniteError, a TrainingError, where loss or gradient is no number, TrainingError on an alarm as
     `config.on_collapse` has it, and KeyboardInterrupt after Ctrl-C; in all cases the last checkpoint stays.
@@ -126,7 +129,7 @@ def fit(
     rollbacks: list[int] = []
     watch = Watch(config.on_collapse, say=run.say, bounds=bounds)
     replica = ranks.replica(module, device)
-    parts = (module, replica, read, prepare, config, run, seed, device, evaluate, probe, watch, ranks, logs)
+    parts = (module, replica, read, prepare, config, run, seed, device, evaluate, probe, watch, ranks, logs, profile)
     while True:
         try:
             return _fit(*parts, resumed=not rollbacks)
@@ -144,9 +147,9 @@ def fit(
             watch.rate_scale *= RATE_AFTER_ROLLBACK
             watch.returns.append(f"{reason}; back to step {start} with learning rates times {watch.rate_scale:g}")
             run.say(f"WARNING: {watch.returns[-1]}")
-            for part in module.modules():
-                if isinstance(part, Forgets):  # counts of a step that was left in its middle
-                    part.forget()
+            for one in module.modules():
+                if isinstance(one, Forgets):  # counts of a step that was left in its middle
+                    one.forget()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -170,6 +173,7 @@ def _fit(
     watch: Watch,
     ranks: Ranks,
     logs: OpenLogs,
+    profile: int,
     *,
     resumed: bool,
 ) -> FitResult:
@@ -185,6 +189,7 @@ def _fit(
     stream = read_ahead(read, start * config.accumulate, config.steps * config.accumulate, workers=config.workers)
     log = Together(logs(run, start if checkpoint is not None else -1) if ranks.first else [])
     progress = Progress(config.steps, start, say=run.say, note=run.note, terminal=None if ranks.first else False)
+    profiler = StepProfiler(profile if ranks.first else 0, run.path / "profile", device, say=progress.interrupt)
     done, reason = start, None
 
     def held_out() -> None:
@@ -219,19 +224,20 @@ def _fit(
             while done < config.steps and reason is None:
                 before = buffers_of(module)
                 try:
-                    values, timing = train_step(
-                        module,
-                        optimizer,
-                        stream,
-                        prepare,
-                        step=done,
-                        config=config,
-                        seed=seed,
-                        device=device,
-                        rate_scale=watch.rate_scale,
-                        replica=replica,
-                        ranks=ranks,
-                    )
+                    with profiler.step():
+                        values, timing = train_step(
+                            module,
+                            optimizer,
+                            stream,
+                            prepare,
+                            step=done,
+                            config=config,
+                            seed=seed,
+                            device=device,
+                            rate_scale=watch.rate_scale,
+                            replica=replica,
+                            ranks=ranks,
+                        )
                 except NotFiniteError as error:
                     error.kept = ranks.from_first(partial(keep_step, run.nan, error, module, before))
                     if config.on_collapse == "rollback":
@@ -248,6 +254,7 @@ def _fit(
                 if done % config.checkpoint_every == 0 or done == config.steps or reason is not None:
                     checkpoint_now()
     finally:
+        profiler.finish()
         stream.close()
         log.close()
     if reason is not None:
@@ -304,21 +311,24 @@ def train_step(
     values: dict[str, float] = {}
     for index in range(step * config.accumulate, (step + 1) * config.accumulate):
         before = time.perf_counter()
-        batch = next(stream)
+        with part("wait for data"):
+            batch = next(stream)
         waited += time.perf_counter() - before
         torch.manual_seed(micro_seed(seed, index))
-        inputs = prepare(batch, index)
+        with part("prepare"):
+            inputs = prepare(batch, index)
         # Gradients of accumulated micro-batches are averaged over ranks once, with the last.
         last = index == (step + 1) * config.accumulate - 1
         wait = isinstance(replica, DistributedDataParallel) and not last
         with replica.no_sync() if wait else nullcontext():  # pyright: ignore[reportCallIssue]
-            with autocast(device, config.precision):
+            with part("forward"), autocast(device, config.precision):
                 output: StepOutput = replica(inputs, step)
             figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}
             figures = ranks.mean(figures)
             bad = not math.isfinite(figures["loss"])
             if not bad or ranks.size > 1:  # a replica's forward pass must be followed by its backward pass
-                (output.loss / config.accumulate).backward()
+                with part("backward"):
+                    (output.loss / config.accumulate).backward()
         if bad:
             raise NotFiniteError("loss", figures["loss"], step=step, index=index)
         for name, value in figures.items():
@@ -327,8 +337,10 @@ def train_step(
     norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
     if not math.isfinite(norm):
         raise NotFiniteError("gradient norm", norm, step=step, index=(step + 1) * config.accumulate - 1)
-    optimizer.step()
-    module.after_optimizer_step(step)  # pyright: ignore[reportCallIssue] (Trainable, also an nn.Module)
+    with part("optimizer"):
+        optimizer.step()
+    with part("after the step"):
+        module.after_optimizer_step(step)  # pyright: ignore[reportCallIssue] (Trainable, also an nn.Module)
     values |= {"lr": lr, "weight_decay": weight_decay, "grad_norm": norm}
     now = time.perf_counter()
     return values, {"step_s": now - started, "data_wait_s": waited, "time_s": time.time()}

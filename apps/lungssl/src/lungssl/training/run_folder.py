@@ -7,6 +7,7 @@ metrics.jsonl    one line per logged step; see `logs.py`
 tb/              the same for TensorBoard
 checkpoints/     step_<n>/; see `checkpoint.py`
 export/          what others load: the encoder's weights
+profile/         trace.json and summary.txt of profiled steps; see `profiling.py`
 nan/             steps that gave no number, to be replayed; see `watch.py`
 summary.json     final figures and verdict
 report.html      pictures, where a command makes them
@@ -32,7 +33,7 @@ from lungssl.training.config import RESUME_MAY_CHANGE
 
 _OURS = (
     *("config.yaml", "env.json", "train.log", "metrics.jsonl", "tb", "checkpoints", "export", "nan", "summary.json"),
-    *("report.html", "STOP"),
+    *("report.html", "STOP", "profile"),
 )
 _RECORDED = ("torch", "numpy", "triton", "pydantic", "h5py", "hdf5plugin", "safetensors", "monai", "simpleitk")
 
