@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="2 kills and 1 SIGTERM, mae alone")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the table")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -117,7 +118,7 @@ def main() -> None:
         "rows": rows,
     }
     name = "faults_quick.json" if options.quick else "faults.json"
-    (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
 
 

@@ -12,33 +12,28 @@ from lungssl.errors import ConfigError, OtherRankError, explain
 from lungssl.training.ranks import ALONE, Ranks, check_alone
 from torch import nn
 
-CASES = ["mae_accumulated", "croco_vit_nano", "simclr", "dino_sinkhorn_koleo"]
+CASES = ["mae_accumulated", "croco_vit_nano", "dino_sinkhorn_koleo"]
 """One of each kind; `two_ranks.py` of lungssl-methods has all methods."""
 
 
-def _answer(folder: Path, *words: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `two_rank_runs.py` prints."""
     script = Path(__file__).with_name("two_rank_runs.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), *words], capture_output=True, text=True, env=environment
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("ranks")), *CASES],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _answer(tmp_path_factory.mktemp("compared"), *CASES)
-
-
-@pytest.fixture(scope="module")
-def troubled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _answer(tmp_path_factory.mktemp("troubled"), "faults")
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_make_the_run_of_one_process_with_the_global_batch(case: str, compared: dict[str, Any]) -> None:
-    found = compared[case]
+def test_two_ranks_make_the_run_of_one_process_with_the_global_batch(case: str, troubled: dict[str, Any]) -> None:
+    found = troubled["compared"][case]
     assert found["moved"] > 1e-4 and found["lines"] == 5  # or nothing was compared: 3 steps, held out before and after
     assert found["loss"] <= 1e-9
     assert found["parameters"] <= 1e-9 * max(1.0, found["moved"])

@@ -1,4 +1,4 @@
-"""Runs of `pretrain` on one process and on two, for test_ranks.py: `python two_rank_runs.py FOLDER WHAT ...`.
+"""Runs of `pretrain` on one process and on two, for test_ranks.py: `python two_rank_runs.py FOLDER CASE ...`.
 
 Prints one JSON object. Processes are forked from one that has everything imported, which takes longer than the runs.
 """
@@ -249,5 +249,5 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     with open(where / "stderr", "w+") as told:  # not a pipe: processes that are left alone would fill it
         os.dup2(told.fileno(), 2)
-        answer = faults(where) if sys.argv[2] == "faults" else compare(where, sys.argv[2:])
+        answer = {"compared": compare(where / "compared", sys.argv[2:]), **faults(where / "faults")}
     sys.stdout.write(json.dumps(answer | {"stderr": (where / "stderr").read_text()}))
