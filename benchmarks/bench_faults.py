@@ -40,11 +40,15 @@ from lungssl_ops.measure import commit, machine
 from safetensors.torch import load_file
 
 HITS_PER_RUN = 3
+AT_START = 0.25
+"""Share of hits at any moment from the start of the processes on; the others come within a step of one of those left,
+whichever part of a run takes how long on this machine."""
+STEPS = 12
 MOMENT_S = 5.0
 """What a rank is given to see that its neighbour has died."""
 COMMON = (
-    "train.steps=12 train.batch=2 train.checkpoint_every=3 train.eval_every=4 train.eval_batches=1 train.log_every=1 "
-    "data.crop_vox=[20,24,22] views.global_vox=16 views.local_vox=8 backbone.dim=48"
+    f"train.steps={STEPS} train.batch=2 train.checkpoint_every=3 train.eval_every=4 train.eval_batches=1 "
+    "train.log_every=1 data.crop_vox=[20,24,22] views.global_vox=16 views.local_vox=8 backbone.dim=48"
 ).split()
 DECODER = "method.decoder_width=24 method.decoder_depth=1 method.decoder_heads=2 method.mask_unit_tokens=1".split()
 RUNS = {
@@ -132,9 +136,14 @@ def disturbed(
     """Begin a run, hit it, go on, and leave the last alone."""
     moments, before_the_end, steps = [], 0, []
     for hit in hits:
-        moment_s = rng.random() * whole_s * 0.8
+        began, before = time.monotonic(), logged(out)
         children = start(kind, data, out)
-        time.sleep(moment_s)
+        if rng.random() < AT_START or before >= STEPS:
+            time.sleep(rng.random() * whole_s * 0.8)
+        else:
+            await_step(out, rng.randint(before + 1, STEPS), children)
+            time.sleep(rng.random() * whole_s / STEPS)
+        moment_s = time.monotonic() - began
         chosen = children if rng.random() < 0.5 else [rng.choice(children)]
         before_the_end += struck(children, chosen, getattr(signal, hit))
         moments.append(round(moment_s, 2))
@@ -149,6 +158,21 @@ def disturbed(
         "went_on_from": steps,
         "codes": codes,
     }
+
+
+def logged(out: Path) -> int:
+    """The last step that metrics.jsonl tells of, 0 without one."""
+    file = out / "metrics.jsonl"
+    lines = read_metrics(file) if file.is_file() else []
+    return lines[-1]["step"] if lines else 0
+
+
+def await_step(out: Path, step: int, children: Sequence[int]) -> None:
+    """Until a step is logged, or one of the run's processes has ended."""
+    while logged(out) < step:
+        if any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None for pid in children):
+            return
+        time.sleep(0.01)
 
 
 def struck(children: Sequence[int], chosen: Sequence[int], number: int) -> bool:

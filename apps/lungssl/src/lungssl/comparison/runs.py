@@ -41,6 +41,7 @@ from lungssl.finetuning import Labels, finetune_segment
 from lungssl.pretraining import build_pretraining, cache_spacing_mm, check_spacing, pretrain
 from lungssl.training.allocator import keep_freed_memory
 from lungssl.training.progress import duration
+from lungssl.training.ranks import check_alone
 from lungssl.training.run_folder import environment, write_atomic
 
 
@@ -76,9 +77,10 @@ def carry_out(
     """Make what is missing of a plan, or of one shard of it; the rest is reused from `<out>/results`.
 
     `shift`: the cache of the shift test, which the plan asks for.
-    Raises ConfigError for an unfair plan, for a folder that holds something else, and for a shift test that holds
-    patients of `data` or has voxels of another size.
+    Raises ConfigError for an unfair plan, for a folder that holds something else, for a shift test that holds
+    patients of `data` or has voxels of another size, and where torchrun started several processes.
     """
+    check_alone("lungssl compare")
     check_folder(out)
     keep_freed_memory()
     cache, shifted = PairCache(data), _shift_cache(plan, data, shift)
