@@ -18,6 +18,8 @@ import torch.distributed as dist
 from lungssl_methods.method import LocalGather
 from lungssl_methods.ranks import RanksGather
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from lungssl.errors import ConfigError, OtherRankError
@@ -138,7 +140,11 @@ def launched() -> int:
 
 def restarted() -> bool:
     """Whether `torchrun` has started this run before: one of its processes died (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -149,7 +155,11 @@ def joined() -> Iterator[Ranks]:
         return
     # Of parameters with sides of length 1, which autograd and torch's buckets lay out differently: of no consequence.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # torchrun keeps its store when it starts processes again: there they would find the addresses of those that died.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"start_{_restarts()}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     finally:
