@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +69,8 @@ def test_a_killed_reader_ends_the_run_and_a_later_one_goes_on(
 
     def dies(index: int) -> torch.Tensor:
         if index == 7 and get_worker_info() is not None:
+            while not (tmp_path / "hurt/checkpoints/step_5").exists():  # it reads ahead of the steps
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return healthy(index)
 
