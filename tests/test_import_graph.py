@@ -1,6 +1,10 @@
 """The arrows between packages are those of the architecture, and nothing else."""
 
 import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,25 @@ def test_every_sibling_imported_is_declared(package: Path) -> None:
     for path in package.rglob("*.py"):
         for sibling in (imported(path.read_text(encoding="utf-8")) & set(MAY_IMPORT)) - {package.name}:
             assert f'"{sibling.replace("_", "-")}==' in declared, f"{path.relative_to(ROOT)} needs {sibling}"
+
+
+@pytest.mark.parametrize("package", SOURCES, ids=lambda path: path.name)
+def test_every_library_imported_is_declared(package: Path) -> None:
+    """Those imported inside functions, too, which an installation without them would miss only when it gets there."""
+    config = tomllib.loads((package.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [one for group in config.get("optional-dependencies", {}).values() for one in group]
+    declared = {distribution(re.split(r"[^A-Za-z0-9._-]", one)[0]) for one in [*config["dependencies"], *extras]}
+    from_name = metadata.packages_distributions()
+    for path in package.rglob("*.py"):
+        libraries = imported(path.read_text(encoding="utf-8")) - set(MAY_IMPORT) - sys.stdlib_module_names
+        libraries -= {"triton"}  # comes with torch where there is one
+        for library in sorted(libraries):
+            known = {distribution(one) for one in from_name.get(library, [library])}
+            assert known & declared, f"{path.relative_to(ROOT)} imports {library}, of none of {sorted(declared)}"
+
+
+def distribution(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_a_forbidden_arrow_would_be_seen() -> None:
