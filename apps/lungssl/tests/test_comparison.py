@@ -274,7 +274,7 @@ def test_a_comparison_reports_every_arm_by_patient(whole: Outcome) -> None:
     markdown = (whole.folder / "report.md").read_text()
     for text in (html, markdown):
         assert "A4 against A1, landmark error: no answer" in text and "fewer than 5 patients" in text
-    assert html.count("data:image/png") == 1 and "http" not in html.replace("http-equiv", "")
+    assert html.count("data:image/png") == 2 and "http" not in html.replace("http-equiv", "")
     lines = (whole.folder / "patients.csv").read_text().splitlines()
     assert len(lines) == 1 + 3 * 8 * 3  # arms, figures, patients
     assert not any(line.startswith("/") for line in markdown.splitlines())

@@ -248,7 +248,8 @@ def label_figure(outcome: Outcome) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False, title="area under the curve" if len(counts) > 1 else None)
+        title = "area under the curve" if len(counts) > 1 else None
+        axes.legend(fontsize=7, frameon=False, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
