@@ -75,7 +75,7 @@ def mean_over_ranks(value: Float[Tensor, "*shape"], gather: Gather) -> Float[Ten
     return (total[:-1] / total[-1]).reshape(value.shape)
 
 
-def rank_part(mean: Float[Tensor, ""], weight: Float[Tensor, "*shape"], gather: Gather) -> Float[Tensor, ""]:
+def rank_part(mean: Float[Tensor, ""], weight: Shaped[Tensor, "*shape"], gather: Gather) -> Float[Tensor, ""]:
     """A weighted mean over this rank's rows, as its part of that over all ranks' rows, to which the ranks' mean leads.
 
     `weight`: of this rank's rows. Every rank must call it; on one it is `mean` itself.
