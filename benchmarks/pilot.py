@@ -1,6 +1,7 @@
 """The pilot of the comparison: does the pair pay? Plan `phases` at three shares of common texture, and plan `methods`.
 
-Run: uv run python benchmarks/pilot.py --out DIR [--parts phases-rho1,methods] [--shard 1/2] [--encoders] [--quick]
+Run: uv run python benchmarks/pilot.py --out DIR [--parts phases-rho1,methods] [--shard 1/2] [--encoders] [--fresh]
+     [--quick]
      uv run python benchmarks/pilot.py --out DIR --report
 
 Phantoms in which exhale and inhale have all (rho 1), half or nothing of their fine texture in common, and others that
@@ -109,8 +110,8 @@ def keep(plan: Plan, folder: Path, path: Path) -> None:
         rows[one.stem] = rounded(json.loads(one.read_text()))
     head = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("costs", "env", "floors")}
     wanted = set(wanted_ids(plan, head["env"]["data"], head["env"]["shift"]))
-    # Of whoever made the last stretch, with a folder of that machine.
     head["env"]["cohort"] = plan.phantoms.name()
+    # Of whoever made the last stretch, with a folder of that machine.
     head["env"]["command"] = ["uv", "run", "python", "benchmarks/pilot.py", "--out", "DIR", "--parts", folder.name]
     lines = ",\n".join(json.dumps(rows[name]) for name in sorted(wanted & set(rows)))
     path.parent.mkdir(parents=True, exist_ok=True)

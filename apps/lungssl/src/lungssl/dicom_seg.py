@@ -51,8 +51,8 @@ def check_dicom_seg(image: Path, output: Path) -> None:
         raise ConfigError(f"--dicom-seg {output.name}: expected a name that ends with .dcm")
 
 
-def write_dicom_seg(segmented: Segmented, image: Path, output: Path, *, model: str) -> None:
-    """Write one binary segment per structure that the mask holds. `model` names what made it.
+def write_dicom_seg(segmented: Segmented, image: Path, output: Path) -> None:
+    """Write one binary segment per structure that the mask holds.
 
     Raises ConfigError for structures without a code, DataError for an empty mask or a series that highdicom refuses,
     and what reading the series raises. No text of the source enters an error.
@@ -68,7 +68,7 @@ def write_dicom_seg(segmented: Segmented, image: Path, output: Path, *, model: s
         raise DataError("--dicom-seg: nothing was found in the scan, and an empty segmentation can't be written")
     made_by = highdicom.AlgorithmIdentificationSequence(
         name="lungssl",
-        family=Code(*(LEARNED if model else MORPHOLOGY)),
+        family=Code(*(LEARNED if "weights_sha256" in segmented.made_by else MORPHOLOGY)),
         version=version("lungssl"),
     )
     descriptions = [
@@ -85,10 +85,11 @@ def write_dicom_seg(segmented: Segmented, image: Path, output: Path, *, model: s
     numbers = np.zeros(256, np.uint8)
     for number, (code, _) in enumerate(held, start=1):
         numbers[code] = number
+    files = files_in_order(image)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they quote names
-            source = [_completed(pydicom.dcmread(path)) for path in files_in_order(image)]
+            source = [_completed(pydicom.dcmread(path)) for path in files]
             found = highdicom.seg.Segmentation(
                 source_images=source,
                 pixel_array=numbers[segmented.mask.labels],
@@ -102,7 +103,7 @@ def write_dicom_seg(segmented: Segmented, image: Path, output: Path, *, model: s
                 manufacturer_model_name="lungssl segment",
                 software_versions=version("lungssl"),
                 device_serial_number="none",
-                series_description=f"Research use only: lungssl, {model or 'lungs by their air'}",
+                series_description=f"Research use only: lungssl, {segmented.made_by['method']}",
             )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(

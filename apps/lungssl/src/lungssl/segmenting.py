@@ -1,6 +1,5 @@
 """One scan in, one mask out, on the scan's own grid."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +46,8 @@ def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> 
     from lungssl_tasks.inference import predict_labels
     from lungssl_tasks.model_folder import WEIGHTS, load_model
 
+    from lungssl.finetuning import file_sha256
+
     folder = model_folder(folder)
     model, card = load_model(folder)
     if len(set(card.spacing_mm)) > 1:
@@ -56,13 +57,11 @@ def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> 
     own_grid: UInt8[ndarray, "z y x"] = resample_labels(
         LabelMap(labels=labels, geometry=scan.geometry()), volume.geometry
     )
-    with (folder / WEIGHTS).open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     made_by = {
         "method": "fine-tuned model",
         "backbone": card.backbone,
         "voxel_mm": card.spacing_mm[0],
-        "weights_sha256": weights,
+        "weights_sha256": file_sha256(folder / WEIGHTS),
         "versions": card.versions,
     }
     return Segmented(mask=LabelMap(labels=own_grid, geometry=volume.geometry), names=card.labels, made_by=made_by)

@@ -41,7 +41,7 @@ def analyze(
         Path | None, typer.Option(help="Show what an encoder (a .safetensors file) makes of both phases, as colours.")
     ] = None,
     no_viewer: Annotated[
-        bool, typer.Option("--no-viewer", help="Pictures alone in the page: some 1 MB, not 5 to 14.")
+        bool, typer.Option("--no-viewer", help="Pictures alone in the page: some 1.5 MB, not 4 to 15.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",

@@ -58,7 +58,7 @@ def segment(
         result = segmenting.segment_with_model(volume, model, device=str(pick_device(device)))
     write_labels(output, result.mask)
     if dicom_seg is not None:
-        write_dicom_seg(result, image, dicom_seg, model="" if model is None else "fine-tuned model")
+        write_dicom_seg(result, image, dicom_seg)
         print(f"{dicom_seg}: DICOM-SEG; it repeats the patient's and the study's identity from the source")
     if report is not None:
         segmenting.write_report(result, report, seconds=time.perf_counter() - started)

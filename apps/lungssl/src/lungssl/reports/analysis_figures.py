@@ -98,13 +98,14 @@ def motion_figure(found: Analysed) -> Figure:
     place = lung_centre_mm(scan)
     side = lung_centre_mm(scan, side=1) if (scan.lung == 1).any() else place
     figure = Figure(figsize=(17, 4.6), layout="constrained")
-    for axes, name, at in zip(figure.subplots(1, 4), ("coronal", "sagittal") * 2, (place, side) * 2, strict=True):
+    planes = [(shown, *cut) for shown in ("motion", "stretch") for cut in (("coronal", place), ("sagittal", side))]
+    for axes, (shown, name, at) in zip(figure.subplots(1, 4), planes, strict=True):
         across, grey = (0 if name == "coronal" else 1), found.registered.scans["fixed"].ct_hu
         axes.set_xticks([])
         axes.set_yticks([])
         window = {"vmin": WINDOW_HU[0], "vmax": WINDOW_HU[1], "interpolation": "bilinear"}
         axes.imshow(plane(grey, scan, name, at), cmap="gray", **window)
-        if axes.get_subplotspec().colspan.start >= 2:
+        if shown == "stretch":
             drawn = axes.imshow(plane(stretch, scan, name, at), cmap="viridis", vmin=1, vmax=MOST_STRETCH)
             figure.colorbar(drawn, ax=axes, shrink=0.8)
             axes.set_title("largest stretch", fontsize=11)
