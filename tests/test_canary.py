@@ -88,7 +88,7 @@ def test_an_analysis_of_dicom_names_nobody(tmp_path: Path, lungssl: Run, monkeyp
     page.parent.mkdir()
     code, out, err = lungssl("analyze", *files, "-o", page, "--maps", maps, "--preset", "fast")
     assert code == 0, err
-    assert len(list(maps.iterdir())) == 5 and not _leaks(tmp_path / "out") and CANARY not in out + err
+    assert len(list(maps.iterdir())) == 6 and not _leaks(tmp_path / "out") and CANARY not in out + err
     for path in maps.iterdir():  # compressed
         assert CANARY.encode() not in gzip.decompress(path.read_bytes())
     code, out, err = lungssl("analyze", "--exhale", raw, "--inhale", raw / "gone", "-o", tmp_path / "out" / "2.html")
