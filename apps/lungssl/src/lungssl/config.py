@@ -118,15 +118,17 @@ def registry(section: str) -> dict[str, Any]:
 
 
 def describe(config: Any) -> dict[str, str]:
-    """Field name to the docstring under it, for a Config dataclass or an instance of one."""
+    """Field name to the docstring under it, for a Config dataclass or an instance; what it inherits comes first."""
     cls = config if isinstance(config, type) else type(config)
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
     notes = {}
-    for field, note in zip(body.body, body.body[1:], strict=False):
-        match field, note:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                notes[name] = " ".join(text.split())
+    for owner in reversed(cls.__mro__):
+        if is_dataclass(owner):
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+            assert isinstance(body, ast.ClassDef)
+            for field, note in zip(body.body, body.body[1:], strict=False):
+                match field, note:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        notes[name] = " ".join(text.split())
     return notes
 
 

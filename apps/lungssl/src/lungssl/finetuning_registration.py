@@ -1,21 +1,23 @@
-"""Fine-tuning for registration: pairs without labels, any encoder, the same loop as pretraining."""
+"""Fine-tuning on whole pairs: for registration, which needs no labels, and what other tasks on pairs share with it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
 from lungssl_data.pair import Split
+from lungssl_tasks.joint.task import JointTask
 from lungssl_tasks.model_folder import save_registration
 from lungssl_tasks.registration.network import RegistrationTask
 from lungssl_tasks.registration.training_pairs import AffineJitter, TrainingPair, TrainingPairs
 
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError
-from lungssl.finetuning import Labels, encoder_of, file_sha256
+from lungssl.finetuning import LOBES, Labels, encoder_of, file_sha256
 from lungssl.training.loop import fit
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
@@ -24,15 +26,15 @@ from lungssl.training.step_cost import measure_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegistrationFinetuning:
+class PairFinetuning:
     """Everything that `fit` needs. Made by `build`."""
 
     recipe: Recipe
-    task: RegistrationTask
+    task: RegistrationTask | JointTask
+    cache: PairCache
     pairs: TrainingPairs
     held_out: list[TrainingPair]
     """Validation patients, the same at every evaluation, affines as they were found."""
-    fingerprint: str
     device: torch.device
 
     def read(self, index: int) -> list[TrainingPair]:
@@ -44,7 +46,7 @@ class RegistrationFinetuning:
         return [pair.to(self.device) for pair in batch]
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean figures over the held-out pairs; `error_mm` over those whose displacement is known."""
+        """Mean figures over the held-out pairs, each over those that have it."""
         self.task.eval()
         with torch.no_grad(), autocast(self.device, self.recipe.train.precision):
             each = [self.task([pair.to(self.device)], step).metrics for pair in self.held_out]
@@ -53,44 +55,67 @@ class RegistrationFinetuning:
 
 
 def build(
-    recipe: Recipe, data: Path, *, encoder: Path | None, labels: Labels, device: str = "auto"
-) -> RegistrationFinetuning:
+    recipe: Recipe,
+    data: Path,
+    *,
+    name: Literal["register", "joint"],
+    encoder: Path | None,
+    labels: Labels,
+    device: str = "auto",
+) -> PairFinetuning:
     """Open the cache, draw the patients, load or make the encoder.
 
-    Raises ConfigError for parts that don't fit together or where no training patient has both phases.
+    `labels` draws the pairs of task `register`; of task `joint`, which takes all pairs, those whose lobes are given.
+    Raises ConfigError for parts that don't fit together, where no training patient has both phases, or, for `joint`,
+    lobes.
     """
-    if recipe.task is None or recipe.task.name != "register":
-        raise ConfigError("this recipe has no task `register`; take finetune/register")
-    for name in ("data", "views"):
-        if getattr(recipe, name) != type(getattr(recipe, name))():
-            raise ConfigError(f"{name}: a registration network sees whole pairs; leave this section out")
+    if recipe.task is None or recipe.task.name != name:
+        raise ConfigError(f"this recipe has no task `{name}`; take finetune/{name}")
+    for section in ("data", "views"):
+        if getattr(recipe, section) != type(getattr(recipe, section))():
+            raise ConfigError(f"{section}: task {name} sees whole pairs; leave this section out")
     cache = PairCache(data)
     where = pick_device(device)
+    config = recipe.task.config
     recipe, backbone = encoder_of(recipe, encoder, cache)
-    task: RegistrationTask = recipe.task.config.build(backbone).to(where)
+    try:
+        task = (config.build(backbone, len(LOBES)) if name == "joint" else config.build(backbone)).to(where)
+    except ValueError as error:
+        raise ConfigError(f"task: {error}") from error
     patients = paired(cache, "train")
     if not patients:
-        raise ConfigError(f"{data}: no training patient has both phases; a registration network needs pairs")
-    if labels.patients is not None:
+        raise ConfigError(f"{data}: no training patient has both phases; task {name} needs pairs")
+    labelled: list[str] = []
+    if name == "joint":
+        labelled = [patient for patient in patients if lobed(cache, patient)]
+        if not labelled:
+            raise ConfigError(f"{data}: no training pair has lobes; label some, or take task register")
+        if labels.patients is not None:
+            labelled = draw_patients(labelled, labels.patients, draw=labels.draw)
+    elif labels.patients is not None:
         patients = draw_patients(patients, labels.patients, draw=labels.draw)
     judged = paired(cache, "val")[: recipe.train.eval_batches * recipe.train.batch]
+    multiple = task.model.multiple
     held_out = []
     if judged:
-        held = TrainingPairs(cache, judged, multiple=task.model.multiple, seed=0, with_truth=True)
+        shown = judged if name == "joint" else ()
+        held = TrainingPairs(cache, judged, multiple=multiple, seed=0, with_truth=True, labelled=shown)
         held_out = [held.pair(index) for index in range(len(held))]
-    return RegistrationFinetuning(
+    weights = config.field if name == "joint" else config
+    return PairFinetuning(
         recipe=recipe,
         task=task,
+        cache=cache,
         pairs=TrainingPairs(
             PairCache(data),
             patients,
-            multiple=task.model.multiple,
+            multiple=multiple,
             seed=recipe.seed,
             jitter=AffineJitter(),
-            with_truth=recipe.task.config.truth > 0,
+            with_truth=weights.truth > 0,
+            labelled=labelled,
         ),
         held_out=held_out,
-        fingerprint=cache.fingerprint(),
         device=where,
     )
 
@@ -110,10 +135,31 @@ def finetune_register(
 
     Raises ConfigError, the data package's errors, and what `fit` raises.
     """
+    parts = build(recipe, data, name="register", encoder=encoder, labels=labels, device=device)
+
+    def export(run: RunFolder, summary: dict[str, Any]) -> None:
+        assert isinstance(parts.task, RegistrationTask)
+        save_registration(run.export / "model", parts.task.model, extra=summary)
+        run.say(f"model: {run.export / 'model'}; use it with `lungssl register --model {out}`")
+
+    return train(parts, out, encoder=encoder, labels=labels, resume=resume, overwrite=overwrite, export=export)
+
+
+def train(
+    parts: PairFinetuning,
+    out: Path,
+    *,
+    encoder: Path | None,
+    labels: Labels,
+    resume: bool,
+    overwrite: bool,
+    export: Callable[[RunFolder, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The run folder, `fit`, and at the end `export`, which may add to what summary.json will hold."""
     check_alone("fine-tuning")
-    parts = build(recipe, data, encoder=encoder, labels=labels, device=device)
     weights = None if encoder is None else file_sha256(encoder)
-    seen = f"{parts.fingerprint}, pairs {' '.join(parts.pairs.patients)}, encoder {weights}"
+    labelled = f", labels of {' '.join(sorted(parts.pairs.labelled))}" if parts.pairs.labelled else ""
+    seen = f"{parts.cache.fingerprint()}, pairs {' '.join(parts.pairs.patients)}{labelled}, encoder {weights}"
     run = RunFolder.start(out, parts.recipe.as_dict(), data_fingerprint=seen, resume=resume, overwrite=overwrite)
     run.say(describe(parts, encoder))
     if not parts.held_out:
@@ -135,30 +181,33 @@ def finetune_register(
         "draw": labels.draw,
         "encoder_sha256": weights,
     }
+    if parts.pairs.labelled:
+        summary["labelled_patients"] = sorted(parts.pairs.labelled)
     if result.stopped_by is None:
         if parts.held_out:
             summary["val"] = parts.evaluate(result.step)
-        save_registration(run.export / "model", parts.task.model, extra=summary)
-        run.say(f"model: {run.export / 'model'}; use it with `lungssl register --model {out}`")
+        export(run, summary)
     run.write_summary(summary)
     return summary
 
 
 def dry_run(recipe: Recipe, *, data: Path, encoder: Path | None, labels: Labels, device: str = "auto") -> str:
     """Build all, make two real steps, say what a run would cost; writes nothing."""
-    parts = build(recipe, data, encoder=encoder, labels=labels, device=device)
-    train = parts.recipe.train
+    joint = recipe.task is not None and recipe.task.name == "joint"
+    parts = build(recipe, data, name="joint" if joint else "register", encoder=encoder, labels=labels, device=device)
+    config = parts.recipe.train
     cost = measure_steps(
-        parts.task, read=parts.read, prepare=parts.prepare, config=train, seed=parts.recipe.seed, device=parts.device
+        parts.task, read=parts.read, prepare=parts.prepare, config=config, seed=parts.recipe.seed, device=parts.device
     )
-    return "\n".join([describe(parts, encoder), *cost.lines(train, parts.device)])
+    return "\n".join([describe(parts, encoder), *cost.lines(config, parts.device)])
 
 
-def describe(parts: RegistrationFinetuning, encoder: Path | None) -> str:
+def describe(parts: PairFinetuning, encoder: Path | None) -> str:
     """One line: pairs, encoder, parameters, device."""
     trained = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
+    labelled = f", {len(parts.pairs.labelled)} of them labelled" if parts.pairs.labelled else ""
     return (
-        f"{len(parts.pairs)} pairs; {parts.recipe.backbone.name} from {encoder or 'random weights'}; "
+        f"{len(parts.pairs)} pairs{labelled}; {parts.recipe.backbone.name} from {encoder or 'random weights'}; "
         f"{trained / 1e6:.2f} M trained parameters; {parts.device.type}"
     )
 
@@ -166,3 +215,8 @@ def describe(parts: RegistrationFinetuning, encoder: Path | None) -> str:
 def paired(cache: PairCache, split: Split) -> list[str]:
     """Patients of a split with both phases."""
     return [patient for patient in cache.split(split) if len(cache.record(patient).phases()) == 2]
+
+
+def lobed(cache: PairCache, patient: str) -> bool:
+    """Whether some phase of a patient has lobes."""
+    return any("lobes" in cache.phase_record(patient, phase).datasets for phase in cache.record(patient).phases())

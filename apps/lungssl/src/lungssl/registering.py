@@ -24,9 +24,9 @@ from lungssl_data.readers import read_labels, read_volume
 from lungssl_data.resample import resample_labels
 from lungssl_data.volume import Geometry, LabelMap, Volume
 from lungssl_ops.warp import jacobian_determinant
-from lungssl_tasks.model_folder import load_registration
+from lungssl_tasks.model_folder import load_displacements
 from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register
-from lungssl_tasks.registration.network import RegistrationModel, predict
+from lungssl_tasks.registration.network import DisplacementModel, predict
 from lungssl_tasks.registration.register import Start
 from lungssl_tasks.registration.scores import LandmarkErrors, landmark_errors
 from numpy import ndarray
@@ -182,9 +182,10 @@ def register_volumes(
         config = dataclasses.replace(config, descent=dataclasses.replace(config.descent, diffeomorphic=True))
     if encoder is not None and model is not None:
         raise ConfigError("--encoder and --model exclude each other: a network has an encoder of its own")
-    network = None if model is None else load_registration(model_folder(model)).to(pick_device(device))
+    network = None if model is None else load_displacements(model_folder(model)).to(pick_device(device))
     backbone = None if encoder is None else load_encoder(encoder_file(encoder))
     if network is not None:
+        assert isinstance(network.encoder, nn.Module)
         backbone = network.encoder
     # Masks of 1 alone name no sides: both lungs are taken for one, unless the other scan's are told apart.
     plain = {role: mask is not None and not sided and codes_of(mask) == {1} for role, mask in masks.items()}
@@ -296,7 +297,7 @@ def searched_by(config: RegistrationConfig, share: float) -> RegistrationConfig:
     return dataclasses.replace(config, search=dataclasses.replace(config.search, given_share=share))
 
 
-def network_start(network: RegistrationModel, scans: Mapping[str, PhaseScan]) -> Start:
+def network_start(network: DisplacementModel, scans: Mapping[str, PhaseScan]) -> Start:
     """What `register` begins with: the network's answer on scans of its voxels."""
     return lambda affine: predict(network, scans["fixed"], scans["moving"], affine)
 

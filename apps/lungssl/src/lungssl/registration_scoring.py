@@ -13,9 +13,9 @@ from jaxtyping import Float
 from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.cache import PairCache
-from lungssl_data.pair import PhasePair, Split
-from lungssl_tasks.model_folder import load_registration
-from lungssl_tasks.registration import PRESETS, register
+from lungssl_data.pair import PhasePair, PhaseScan, Split
+from lungssl_tasks.model_folder import load_displacements
+from lungssl_tasks.registration import PRESETS, Registration, register
 from lungssl_tasks.registration.scores import FieldScores, LandmarkErrors, field_scores, landmark_errors
 from numpy import ndarray
 
@@ -74,7 +74,7 @@ def score_registrations(
     landmarks or a displacement, ConfigError where weights are for other voxels.
     """
     patients = [p for p in cache.patients if split in ("all", cache.record(p).split)]
-    network = None if model is None else load_registration(model_folder(model)).to(device)
+    network = None if model is None else load_displacements(model_folder(model)).to(device)
     weights = None if encoder is None else load_encoder(encoder_file(encoder))
     used = weights if network is None else network.encoder
     if used is not None:
@@ -99,27 +99,40 @@ def score_registrations(
             device=device,
         )
         seconds = time.perf_counter() - started
-        fixed = scans["fixed"]
-        field = field_scores(found.on_grid(fixed.geometry()), fixed.lung > 0, fixed.spacing_mm)
-        for name, (here, there) in known.items():
-            moved = here + found.at(here)
-            affine = here @ found.affine[:, :3].T + found.affine[:, 3]
-            miss = np.linalg.norm(moved + found.back(moved) - here, axis=1)
-            scores.append(
-                PairScore(
-                    patient=patient,
-                    truth=name,
-                    errors=landmark_errors(moved, there, here),
-                    affine_mm=float(np.linalg.norm(affine - there, axis=1).mean()),
-                    field=field,
-                    inverse_p95_mm=float(np.percentile(np.nan_to_num(miss, nan=np.inf), 95)),
-                    doubts=found.trust.doubts,
-                    seconds=seconds,
-                )
-            )
-            say(f"{patient}, {name}: {scores[-1].errors.mean_mm:.2f} mm (affine {scores[-1].affine_mm:.2f})")
+        for score in score_pair(patient, scans["fixed"], found, known, seconds):
+            scores.append(score)
+            say(f"{patient}, {score.truth}: {score.errors.mean_mm:.2f} mm (affine {score.affine_mm:.2f})")
     if not scores:
         raise DataError(f"{cache.folder}: no pair of split {split!r} has landmarks or a displacement to compare with")
+    return scores
+
+
+def score_pair(
+    patient: str,
+    fixed: PhaseScan,
+    found: Registration,
+    known: Mapping[str, tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]],
+    seconds: float,
+) -> list[PairScore]:
+    """One registration by each kind of truth that `truths` gives; `seconds` are what it took."""
+    field = field_scores(found.on_grid(fixed.geometry()), fixed.lung > 0, fixed.spacing_mm)
+    scores = []
+    for name, (here, there) in known.items():
+        moved = here + found.at(here)
+        affine = here @ found.affine[:, :3].T + found.affine[:, 3]
+        miss = np.linalg.norm(moved + found.back(moved) - here, axis=1)
+        scores.append(
+            PairScore(
+                patient=patient,
+                truth=name,
+                errors=landmark_errors(moved, there, here),
+                affine_mm=float(np.linalg.norm(affine - there, axis=1).mean()),
+                field=field,
+                inverse_p95_mm=float(np.percentile(np.nan_to_num(miss, nan=np.inf), 95)),
+                doubts=found.trust.doubts,
+                seconds=seconds,
+            )
+        )
     return scores
 
 
@@ -168,6 +181,14 @@ def summary(scores: list[PairScore]) -> dict[str, dict[str, float]]:
     return held
 
 
+def finite_summary(scores: list[PairScore]) -> dict[str, dict[str, float | None]]:
+    """The summary with None, which JSON has, for what isn't finite."""
+    return {
+        truth: {name: value if np.isfinite(value) else None for name, value in figures.items()}
+        for truth, figures in summary(scores).items()
+    }
+
+
 def table(scores: list[PairScore]) -> str:
     """The summary as text."""
     lines = ["mean over patients, mm; TRE at places between voxels, not rounded"]
@@ -193,9 +214,5 @@ def write_scores(folder: Path, scores: list[PairScore]) -> None:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    held = {
-        truth: {name: value if np.isfinite(value) else None for name, value in figures.items()}
-        for truth, figures in summary(scores).items()
-    }
-    (folder / "summary.json").write_text(json.dumps(held, indent=2), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(finite_summary(scores), indent=2), encoding="utf-8")
     (folder / "table.txt").write_text(table(scores) + "\n", encoding="utf-8")

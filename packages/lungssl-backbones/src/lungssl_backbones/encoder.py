@@ -3,6 +3,7 @@
 Axes: b batch, c channels, d embedding, n tokens, z y x voxels with z from inferior to superior.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,6 +65,18 @@ class Encoder(Protocol):
         `coords_mm`: LPS position of each voxel, used for positions instead of the regular grid where the encoder
         has positions.
         """
+        ...
+
+
+@runtime_checkable
+class StagedEncoder(Encoder, Protocol):
+    """An encoder whose pyramid is what its stages give one after another, so that two can go in step."""
+
+    stages: Iterable[Callable[[Tensor], Tensor]]
+    """From fine to coarse, one for each map of the pyramid."""
+
+    def enter(self, x: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b _d z y x"]:
+        """What the first stage takes."""
         ...
 
 

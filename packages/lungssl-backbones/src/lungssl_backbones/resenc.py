@@ -101,9 +101,7 @@ class ResEnc(nn.Module):
         z, y, x_vox = x.shape[2:]
         grid = token_grid((z, y, x_vox), self.token_stride_vox)
         x = hide_voxels(x, mask, grid=grid, stride_vox=self.token_stride_vox, value=self.mask_value)
-        # Channels last from here on: a training step of resenc_tiny takes 0.36 s instead of 0.43 s on two AVX2 cores.
-        x = self.stem(x).contiguous(memory_format=torch.channels_last_3d)
-        x = F.leaky_relu(self.stem_norm(x), _SLOPE)
+        x = self.enter(x)
         pyramid = []
         for stage in self.stages:
             x = stage(x)
@@ -115,6 +113,12 @@ class ResEnc(nn.Module):
             grid=grid,
             stride_mm=self.token_stride_vox * self.spacing_mm,
         )
+
+    def enter(self, x: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b _d z y x"]:
+        """What the first stage takes, of a crop's voxels (`encoder.StagedEncoder`)."""
+        # Channels last from here on: a training step of resenc_tiny takes 0.36 s instead of 0.43 s on two AVX2 cores.
+        x = self.stem(x).contiguous(memory_format=torch.channels_last_3d)
+        return F.leaky_relu(self.stem_norm(x), _SLOPE)
 
 
 class _Block(nn.Module):

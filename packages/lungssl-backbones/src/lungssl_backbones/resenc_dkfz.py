@@ -93,8 +93,7 @@ class ResEncDkfz(nn.Module):
                 f"make one side {2 * self.token_stride_vox} voxels or longer"
             )
         x = hide_voxels(x, mask, grid=grid, stride_vox=self.token_stride_vox, value=self.mask_value)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        x = F.leaky_relu(self.stem["convs"](x), _SLOPE)
+        x = self.enter(x)
         pyramid = []
         for stage in self.stages:
             x = stage(x)
@@ -106,6 +105,11 @@ class ResEncDkfz(nn.Module):
             grid=grid,
             stride_mm=self.token_stride_vox * self.spacing_mm,
         )
+
+    def enter(self, x: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b _d z y x"]:
+        """What the first stage takes, of a crop's voxels (`encoder.StagedEncoder`)."""
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return F.leaky_relu(self.stem["convs"](x), _SLOPE)
 
 
 class _Stage(nn.Module):

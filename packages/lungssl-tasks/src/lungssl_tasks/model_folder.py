@@ -23,11 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lungssl_tasks.joint.model import JointModel
 from lungssl_tasks.registration.network import RegistrationModel
 from lungssl_tasks.segmentation import SegmentationModel
 
 FORMAT = "lungssl-segmentation-1"
 REGISTRATION_FORMAT = "lungssl-registration-1"
+JOINT_FORMAT = "lungssl-joint-1"
 Model = TypeVar("Model", bound=nn.Module)
 _CARD, WEIGHTS = "model.json", "model.safetensors"
 
@@ -67,8 +69,7 @@ def save_model(
     `labels` names the codes 1 to `model.classes`; `extra` must be JSON. Raises ValueError where the labels don't match
     the model, and ModelFolderError where `folder` exists and holds something else than a model.
     """
-    if sorted(labels) != list(range(1, model.classes + 1)):
-        raise ValueError(f"labels are {sorted(labels)}, the model's classes are 1 to {model.classes}; name each once")
+    _check_labels(labels, model.classes)
     card = {
         "format": FORMAT,
         "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
@@ -92,6 +93,26 @@ def save_registration(folder: Path, model: RegistrationModel, *, extra: Mapping[
         "spacing_mm_xyz": [model.encoder.spacing_mm] * 3,
     }
     _write(folder, card, model, extra)
+
+
+def save_joint(
+    folder: Path, model: JointModel, *, labels: Mapping[int, str], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model folder of a joint model; an older model at `folder` is replaced. Raises as `save_model`."""
+    _check_labels(labels, model.classes)
+    card = {
+        "format": JOINT_FORMAT,
+        "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
+        "joint": asdict(model.config),
+        "labels": {str(code): name for code, name in labels.items()},
+        "spacing_mm_xyz": [model.encoder.spacing_mm] * 3,
+    }
+    _write(folder, card, model, extra)
+
+
+def _check_labels(labels: Mapping[int, str], classes: int) -> None:
+    if sorted(labels) != list(range(1, classes + 1)):
+        raise ValueError(f"labels are {sorted(labels)}, the model's classes are 1 to {classes}; name each once")
 
 
 def _write(folder: Path, card: dict[str, Any], model: nn.Module, extra: Mapping[str, Any] | None) -> None:
@@ -151,6 +172,29 @@ def load_registration(folder: Path) -> RegistrationModel:
     return _read(folder, REGISTRATION_FORMAT, build)[0]
 
 
+def load_joint(folder: Path) -> tuple[JointModel, dict[int, str]]:
+    """A joint model in eval mode on the CPU, for voxels of `model.encoder.spacing_mm`, and its labels' names.
+
+    Raises ModelFolderError as `load_model` does.
+    """
+
+    def build(encoder: Encoder, card: dict[str, Any]) -> JointModel:
+        values = dict(card["joint"])
+        halves = {
+            "register": RegistrationModel.Config(**values.pop("register")),
+            "segment": SegmentationModel.Config(**values.pop("segment")),
+        }
+        return JointModel.Config(**halves, **values).build(encoder, len(card["labels"]))
+
+    model, card = _read(folder, JOINT_FORMAT, build)
+    return model, {int(code): name for code, name in card["labels"].items()}
+
+
+def load_displacements(folder: Path) -> RegistrationModel | JointModel:
+    """Either of the two that give displacements. Raises ModelFolderError as `load_model` does."""
+    return load_joint(folder)[0] if model_format(folder) == JOINT_FORMAT else load_registration(folder)
+
+
 def model_format(folder: Path) -> str | None:
     """What `format` a folder's card names; None where there is no card, or none that says so."""
     try:
@@ -174,7 +218,7 @@ def _read(
         raise ModelFolderError(f"{folder / _CARD} is not JSON ({error}); copy the folder again") from error
     found = card.get("format") if isinstance(card, dict) else None
     if found != expected:
-        other = found in (FORMAT, REGISTRATION_FORMAT)
+        other = found in (FORMAT, REGISTRATION_FORMAT, JOINT_FORMAT)
         step = "give a model that was fine-tuned for this" if other else "update lungssl"
         raise ModelFolderError(f"{folder / _CARD}: format {found!r}, expected {expected!r}; {step}")
     if tuple(card["hu_window"]) != HU_WINDOW:

@@ -9,7 +9,7 @@ import typer
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, summary.json and table.txt.")],
     model: Annotated[
-        Path | None, typer.Option(help="A fine-tuning run (segment or register) or its export/model.")
+        Path | None, typer.Option(help="A fine-tuning run (segment, register or joint) or its export/model.")
     ] = None,
     register: Annotated[
         str | None, typer.Option(help="Score registration with this preset: coarse, fast, default, accurate.")
@@ -25,6 +25,8 @@ def evaluate(
 ) -> None:
     """Score a model on whole scans, per patient: Dice, NSD, HD95, volumes; or a registration: TRE, folds, SD of ln J.
 
+    Of a joint model both, with the lobes that its field carries over.
+
     Surface figures follow DeepMind's definition (area-weighted surface elements). Registration is judged by landmarks
     and by displacements that the cache knows (phantoms), at the cache's voxels.
 
@@ -39,15 +41,16 @@ def evaluate(
         raise ConfigError("nothing to score: give --model, or --register PRESET")
 
     from lungssl_data.cache import PairCache
-    from lungssl_tasks.model_folder import REGISTRATION_FORMAT, load_model, model_format
+    from lungssl_tasks.model_folder import JOINT_FORMAT, REGISTRATION_FORMAT, load_joint, load_model, model_format
     from lungssl_tasks.registration import PRESETS
 
-    from lungssl import evaluation, registration_scoring
+    from lungssl import evaluation, joint_scoring, registration_scoring
     from lungssl.pretraining import check_spacing
     from lungssl.segmenting import model_folder
     from lungssl.training.precision import pick_device
 
-    network = model is not None and model_format(model_folder(model)) == REGISTRATION_FORMAT
+    written = None if model is None else model_format(model_folder(model))
+    network = written in (REGISTRATION_FORMAT, JOINT_FORMAT)
     if register is not None and register not in PRESETS:
         raise ConfigError(f"--register {register!r} is unknown{did_you_mean(register, PRESETS)}")
     if register is not None and model is not None and not network:
@@ -59,6 +62,17 @@ def evaluate(
 
         data = builtin_cohort()
     cache, where = PairCache(data), pick_device(device)
+    if model is not None and written == JOINT_FORMAT:
+        both, names = load_joint(model_folder(model))
+        check_spacing(f"--model {model}", both.encoder.spacing_mm, cache)
+        patients = [p for p in cache.patients if split in ("all", cache.record(p).split)]
+        judged = joint_scoring.score_joint(
+            both, cache, patients, names=names, preset=register or "coarse", device=where, say=print
+        )
+        matrices = joint_scoring.stitches(both)
+        joint_scoring.write_scores(out, judged, matrices)
+        print(joint_scoring.table(judged, matrices))
+        return
     if register is not None or network:
         pairs = registration_scoring.score_registrations(
             cache,

@@ -7,7 +7,7 @@ import typer
 
 
 def finetune(
-    task: Annotated[Literal["segment", "register"], typer.Argument(help="What for.")],
+    task: Annotated[Literal["segment", "register", "joint"], typer.Argument(help="What for.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=500 task.freeze_encoder=true")
     ] = None,
@@ -18,7 +18,7 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Needed unless --dry-run.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe name or .yaml file; finetune/TASK by default.")] = None,
     labels: Annotated[
-        int | None, typer.Option(min=1, help="Patients to learn from (to segment: labelled); all without it.")
+        int | None, typer.Option(min=1, help="Patients to learn from (to segment, joint: labelled); all without it.")
     ] = None,
     draw: Annotated[int, typer.Option(min=0, help="Which draw of so many patients.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
@@ -28,7 +28,8 @@ def finetune(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Fine-tune an encoder: for lobes on a few labelled patients, or for registration on pairs without labels.
+    """Fine-tune an encoder: for lobes on a few labelled patients, for registration on pairs without labels, or for both
+    at once (joint) on pairs of which some are labelled.
 
     The model goes to RUN/export/model; use it with `lungssl segment --model RUN` or `lungssl register --model RUN`.
 
@@ -43,7 +44,7 @@ def finetune(
         raise ConfigError("--resume and --overwrite exclude each other; give one")
     loaded = load_recipe(recipe or f"finetune/{task}", overrides or [])
 
-    from lungssl import finetuning, finetuning_registration
+    from lungssl import finetuning, finetuning_joint, finetuning_registration
 
     if data is None:
         from lungssl.cohort import builtin_cohort
@@ -51,9 +52,13 @@ def finetune(
         data = builtin_cohort()
     seen = finetuning.Labels(patients=labels, draw=draw)
     weights = None if encoder == "none" else finetuning.encoder_file(Path(encoder))
-    module = {"segment": finetuning, "register": finetuning_registration}[task]
     if dry_run:
+        module = finetuning if task == "segment" else finetuning_registration
         print(module.dry_run(loaded, data=data, encoder=weights, labels=seen, device=device))
     elif out is not None:
-        run = {"segment": finetuning.finetune_segment, "register": finetuning_registration.finetune_register}[task]
+        run = {
+            "segment": finetuning.finetune_segment,
+            "register": finetuning_registration.finetune_register,
+            "joint": finetuning_joint.finetune_joint,
+        }[task]
         run(loaded, data=data, out=out, encoder=weights, labels=seen, device=device, resume=resume, overwrite=overwrite)

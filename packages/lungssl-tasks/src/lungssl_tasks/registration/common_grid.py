@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from lungssl_data.pair import PhaseScan
 from lungssl_data.volume import Geometry
 from torch import Tensor
@@ -78,6 +78,25 @@ def sampling_matrix(
     from_unit, to_unit = unit_to_mm(fixed), np.linalg.inv(unit_to_mm(moving))
     whole = to_unit @ np.vstack([affine, [0, 0, 0, 1]]) @ from_unit
     return torch.from_numpy(whole[:3]).float().to(device)
+
+
+def labels_at(labels: UInt8[np.ndarray, "z y x"], where: Float[Tensor, "1 _z _y _x 3"]) -> UInt8[Tensor, "1 _z _y _x"]:
+    """The label with most weight at places in `grid_sample`'s coordinates, each label's map read linearly; the border
+    repeats.
+
+    Smoother than the nearest voxel's label, and at voxels the same.
+    """
+    best = chosen = None
+    for code in np.unique(labels).tolist():
+        share = F.grid_sample(_tensor(labels == code, where.device), where, padding_mode="border", align_corners=True)
+        here = torch.full_like(share, code, dtype=torch.uint8)
+        if best is None or chosen is None:
+            best, chosen = share, here
+        else:
+            chosen = torch.where(share > best, here, chosen)
+            best = torch.maximum(best, share)
+    assert chosen is not None
+    return chosen[:, 0]
 
 
 def unit_to_mm(grid: Geometry) -> Float[np.ndarray, "4 4"]:

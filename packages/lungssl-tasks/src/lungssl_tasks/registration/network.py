@@ -15,6 +15,7 @@ been brought together by an affine first. Displacements are (x, y, z) in voxels;
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,12 +26,11 @@ from lungssl_data.batch import StepOutput
 from lungssl_data.pair import PhaseScan
 from lungssl_data.views import scale_hu
 from lungssl_ops.cost_volume import inverse_consistent
-from lungssl_ops.lncc import lncc
-from lungssl_ops.warp import warp, warp_loss_terms
+from lungssl_ops.warp import warp
 from torch import Tensor, nn
 
 from lungssl_tasks.registration.common_grid import common_grid
-from lungssl_tasks.registration.descent import EPS, DescentConfig
+from lungssl_tasks.registration.field_loss import FieldWeights, field_loss
 from lungssl_tasks.registration.register import Coarse
 from lungssl_tasks.registration.training_pairs import TrainingPair
 
@@ -54,6 +54,10 @@ class RegistrationModel(nn.Module):
         groups: int = 4
         """Groups of every GroupNorm."""
 
+        def level_strides(self) -> tuple[int, ...]:
+            """Of the levels, coarse to fine, voxels."""
+            return tuple(FINEST << level for level in reversed(range(self.levels)))
+
         def build(self, encoder: Encoder) -> "RegistrationModel":
             """The model, with random weights after the encoder."""
             return RegistrationModel(self, encoder)
@@ -68,31 +72,28 @@ class RegistrationModel(nn.Module):
             raise ValueError(f"pyramid strides must be powers of two, fine to coarse, got {tuple(strides)}")
         self.config, self.encoder = config, encoder
         width, groups = config.width, config.groups
-        self.level_strides = tuple(FINEST << level for level in reversed(range(config.levels)))
-        coarsest = max(strides[-1], self.level_strides[0])
+        level_strides = config.level_strides()
+        coarsest = max(strides[-1], level_strides[0])
         every = [1 << k for k in range(1, coarsest.bit_length())]  # strides 2, 4, ... coarsest
 
         self.stem = nn.ModuleDict()
         inputs = 2
         for stride in (stride for stride in every if stride < max(strides[0], FINEST + 1)):
-            self.stem[str(stride)] = _block(inputs, width, groups, stride=2)
+            self.stem[str(stride)] = conv_block(inputs, width, groups, stride=2)
             inputs = width
         self.deeper = nn.ModuleDict()
         inputs = encoder.pyramid_channels[-1]
         for stride in (stride for stride in every if stride > strides[-1]):
-            self.deeper[str(stride)] = _block(inputs, width, groups, stride=2)
+            self.deeper[str(stride)] = conv_block(inputs, width, groups, stride=2)
             inputs = width
         held = dict(zip(strides, encoder.pyramid_channels, strict=True))
         self.merge = nn.ModuleDict()
         above = 0
         for stride in reversed(every):
             here = held.get(stride, 0) + (width if str(stride) in self.stem or str(stride) in self.deeper else 0)
-            self.merge[str(stride)] = _block(above + here, width, groups)
+            self.merge[str(stride)] = conv_block(above + here, width, groups)
             above = width
-        labels = (2 * config.reach + 1) ** 3
-        self.match = nn.ModuleDict(
-            {str(stride): _Match(width, labels, config.reach, groups) for stride in self.level_strides}
-        )
+        self.match = nn.ModuleDict({str(s): Match(width, config.reach, groups) for s in level_strides})
 
     @property
     def multiple(self) -> int:
@@ -108,22 +109,36 @@ class RegistrationModel(nn.Module):
     ) -> tuple[Float[Tensor, "b 3 z y x"], Float[Tensor, "b 3 z y x"]]:
         """v from fixed to moving and back, float32. Sides are multiples of `multiple`; voxels are the encoder's."""
         features = self.features(torch.cat([fixed_hu, moving_hu]), torch.cat([fixed_lung, moving_lung]))
-        v_vox = None
-        for stride in self.level_strides:
-            here = features[stride].float()
-            there = torch.cat(here.chunk(2)[::-1])
-            v_vox = here.new_zeros(len(here), 3, *here.shape[2:]) if v_vox is None else _doubled(v_vox)
-            v_vox = self.match[str(stride)](here, there, v_vox)
-        assert v_vox is not None
-        forward, back = _doubled(v_vox).chunk(2)
-        return forward, back
+        return matched(self.match, features)
+
+    def displacements(
+        self,
+        fixed_hu: Float[Tensor, "b 1 z y x"],
+        fixed_lung: Float[Tensor, "b 1 z y x"],
+        moving_hu: Float[Tensor, "b 1 z y x"],
+        moving_lung: Float[Tensor, "b 1 z y x"],
+    ) -> tuple[Float[Tensor, "b 3 z y x"], Float[Tensor, "b 3 z y x"]]:
+        """As `DisplacementModel` has it: `forward`."""
+        return self(fixed_hu, fixed_lung, moving_hu, moving_lung)
 
     def features(
         self, hu: Float[Tensor, "b 1 z y x"], lung: Float[Tensor, "b 1 z y x"]
     ) -> dict[int, Float[Tensor, "b c _z _y _x"]]:
         """By stride, from the coarsest to FINEST."""
         image = scale_hu(hu)
-        pyramid = self.encoder(image).pyramid
+        parts = self.parts(image, lung, self.encoder(image).pyramid)
+        found, above = {}, None
+        for stride in self.merge:
+            found[int(stride)] = above = self.level(int(stride), above, parts)
+        return found
+
+    def parts(
+        self,
+        image: Float[Tensor, "b 1 z y x"],
+        lung: Float[Tensor, "b 1 z y x"],
+        pyramid: tuple[Float[Tensor, "b _c _z _y _x"], ...],
+    ) -> dict[int, list[Float[Tensor, "b _d _u _v _w"]]]:
+        """By stride, what the levels take beside what is above them; `pyramid` are the encoder's maps of `image`."""
         held: dict[int, list[Tensor]] = {
             stride: [maps] for stride, maps in zip(self.encoder.pyramid_strides_vox, pyramid, strict=True)
         }
@@ -131,37 +146,57 @@ class RegistrationModel(nn.Module):
             for stride, block in some.items():
                 x = block(x)
                 held.setdefault(int(stride), []).append(x)
-        found, above = {}, None
-        for stride, block in self.merge.items():
-            parts = held.get(int(stride), [])
-            if above is not None:
-                parts = [F.interpolate(above, scale_factor=2, mode="trilinear", align_corners=False), *parts]
-            found[int(stride)] = above = block(torch.cat([part.to(parts[0].dtype) for part in parts], dim=1))
-        return found
+        return held
+
+    def level(
+        self,
+        stride: int,
+        above: Float[Tensor, "b c _z _y _x"] | None,
+        parts: dict[int, list[Float[Tensor, "b _d _u _v _w"]]],
+    ) -> Float[Tensor, "b c _r _s _t"]:
+        """Features of one stride, from those of twice the stride; None above the coarsest."""
+        here = parts.get(stride, [])
+        if above is not None:
+            here = [F.interpolate(above, scale_factor=2, mode="trilinear", align_corners=False), *here]
+        return self.merge[str(stride)](torch.cat([part.to(here[0].dtype) for part in here], dim=1))
+
+
+@runtime_checkable
+class DisplacementModel(Protocol):
+    """What gives displacements of a pair both ways: this network, or a joint one."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """For voxels of its `spacing_mm`."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of scans must be divided by, in voxels."""
+        ...
+
+    def displacements(
+        self,
+        fixed_hu: Float[Tensor, "b 1 z y x"],
+        fixed_lung: Float[Tensor, "b 1 z y x"],
+        moving_hu: Float[Tensor, "b 1 z y x"],
+        moving_lung: Float[Tensor, "b 1 z y x"],
+    ) -> tuple[Float[Tensor, "b 3 z y x"], Float[Tensor, "b 3 z y x"]]:
+        """v from fixed to moving and back, voxels, components (x, y, z)."""
+        ...
 
 
 class RegistrationTask(nn.Module):
     """Trains an encoder and what comes after it on pairs, most of which nobody registered."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(FieldWeights):
         """What is trained, and on what."""
 
         model: RegistrationModel.Config = RegistrationModel.Config()
         """Size of the model."""
         freeze_encoder: bool = False
         """Train what comes after the encoder only; the encoder stays in eval mode."""
-        truth: float = 0.0
-        """Weight of the mean error in mm where a pair's displacement is known (phantoms). 0: no pair's is looked at."""
-        consistency: float = 0.1
-        """Weight of the mean squared way from a point of the lung there and back again, in voxels (ICON, Greer et al.
-        2021, https://arxiv.org/abs/2105.04459): alike places are many, and only the same one is found both ways."""
-        window: int = 5
-        """LNCC's, in voxels."""
-        diffusion: float = DescentConfig().diffusion
-        """This and the two below: as in descent."""
-        bending: float = DescentConfig().bending
-        folding: float = DescentConfig().folding
 
         def build(self, encoder: Encoder) -> "RegistrationTask":
             """The task with a new model on the encoder."""
@@ -203,43 +238,7 @@ class RegistrationTask(nn.Module):
         """Loss and figures of one pair."""
         grid = pair.grid
         there, back = self.model(grid.fixed_hu, grid.fixed_lung, grid.moving_hu, grid.moving_lung)
-        lung = grid.fixed_lung > 0
-        with torch.autocast(there.device.type, enabled=False):
-            fixed, moving = grid.lungs()
-            ways = (
-                self._one_way(there, fixed, moving, grid.fixed_lung, grid.moving_seen),
-                self._one_way(back, moving, fixed, grid.moving_lung, torch.ones_like(grid.moving_seen)),
-            )
-            figures = {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
-            around = [_miss(there, back)[lung & (grid.moving_seen > 0)], _miss(back, there)[grid.moving_lung > 0]]
-            figures["loss"] = figures["loss"] + self.config.consistency * torch.stack([m.mean() for m in around]).mean()
-            figures["disagreement_mm"] = around[0].detach().sqrt().mean() * grid.spacing_mm
-            if pair.true_vox is not None:
-                known = lung & pair.true_vox.isfinite().all(dim=1, keepdim=True)
-                apart = torch.linalg.vector_norm(torch.where(known, there - pair.true_vox, 0.0) + 1e-6, dim=1)
-                figures["error_mm"] = apart.sum() / known.sum().clamp_min(1) * grid.spacing_mm
-                if self.config.truth:
-                    figures["loss"] = figures["loss"] + self.config.truth * figures["error_mm"]
-        return figures
-
-    def _one_way(
-        self,
-        v_vox: Float[Tensor, "1 3 z y x"],
-        fixed: Float[Tensor, "1 1 z y x"],
-        moving: Float[Tensor, "1 1 z y x"],
-        lung: Float[Tensor, "1 1 z y x"],
-        seen: Float[Tensor, "1 1 z y x"],
-    ) -> dict[str, Float[Tensor, ""]]:
-        """`seen`: 1 where `moving` has voxels."""
-        config = self.config
-        rim = F.max_pool3d(lung, 3, stride=1, padding=1)
-        terms = warp_loss_terms(moving, v_vox, weight=rim, with_bending=True)
-        assert terms.bending is not None
-        counts = rim * (warp(seen, v_vox.detach()) > 0.99)
-        similarity = lncc(fixed, terms.warped, window=config.window, eps=EPS, mask=counts).sum()
-        smooth = config.diffusion * terms.diffusion + config.bending * terms.bending
-        loss = 1 - similarity + (smooth + config.folding * terms.folding).sum()
-        return {"loss": loss, "lncc": similarity, "folding": terms.folding.sum()}
+        return field_loss(pair, there, back, self.config)
 
     def after_optimizer_step(self, step: int) -> None:
         """Nothing: the task keeps no state beside its weights."""
@@ -249,7 +248,7 @@ class RegistrationTask(nn.Module):
         return self.model.encoder
 
 
-def predict(model: RegistrationModel, fixed: PhaseScan, moving: PhaseScan, affine: Float[np.ndarray, "3 4"]) -> Coarse:
+def predict(model: DisplacementModel, fixed: PhaseScan, moving: PhaseScan, affine: Float[np.ndarray, "3 4"]) -> Coarse:
     """The network's field after an affine, fixed to moving LPS mm, and how far both ways disagree.
 
     On the model's device, left in eval mode. Raises ValueError for scans that don't have the encoder's voxels.
@@ -258,12 +257,13 @@ def predict(model: RegistrationModel, fixed: PhaseScan, moving: PhaseScan, affin
     for name, scan in (("fixed", fixed), ("moving", moving)):
         if max(abs(mm - spacing_mm) for mm in scan.spacing_mm) > 1e-3:
             raise ValueError(f"the {name} scan has voxels of {scan.spacing_mm} mm, the network's are {spacing_mm:g}")
+    assert isinstance(model, nn.Module)
     device = next(model.parameters()).device
     pair = common_grid(fixed, moving, affine, multiple=model.multiple, device=device)
     model.eval()
     scans = (pair.fixed_hu, pair.fixed_lung), (pair.moving_hu, pair.moving_lung)
     with torch.inference_mode():
-        there, back = model(*scans[0], *scans[1])
+        there, back = model.displacements(*scans[0], *scans[1])
         miss = torch.linalg.vector_norm(there + warp(back, there), dim=1)[0][pair.fixed_lung[0, 0] > 0]
         there, _ = inverse_consistent(there, back)
     z, y, x = fixed.ct_hu.shape
@@ -274,16 +274,37 @@ def predict(model: RegistrationModel, fixed: PhaseScan, moving: PhaseScan, affin
     )
 
 
-class _Match(nn.Module):
+def matched(
+    levels: nn.ModuleDict, features: dict[int, Float[Tensor, "b2 c _z _y _x"]]
+) -> tuple[Float[Tensor, "b 3 z y x"], Float[Tensor, "b 3 z y x"]]:
+    """v both ways at full resolution, from features of the fixed scans and, after them, the moving ones.
+
+    `levels`: `Match` by stride, from the coarsest to FINEST.
+    """
+    v_vox = None
+    for stride, match in levels.items():
+        here = features[int(stride)].float()
+        there = torch.cat(here.chunk(2)[::-1])
+        v_vox = here.new_zeros(len(here), 3, *here.shape[2:]) if v_vox is None else _doubled(v_vox)
+        v_vox = match(here, there, v_vox)
+    assert v_vox is not None
+    forward, back = _doubled(v_vox).chunk(2)
+    return forward, back
+
+
+class Match(nn.Module):
     """One level: where the moving features fit best around the field so far."""
 
-    def __init__(self, width: int, labels: int, reach: int, groups: int) -> None:
+    def __init__(self, width: int, reach: int, groups: int) -> None:
         super().__init__()
+        labels = (2 * reach + 1) ** 3
         self.reach = reach
         self.sharpness = nn.Parameter(torch.tensor(10.0))
         """Of the softmax over places, for correlations of -1 to 1."""
         self.blocks = nn.Sequential(
-            _block(labels + width + 3, width, groups), _block(width, width, groups), nn.Conv3d(width, 3, 3, padding=1)
+            conv_block(labels + width + 3, width, groups),
+            conv_block(width, width, groups),
+            nn.Conv3d(width, 3, 3, padding=1),
         )
         last = self.blocks[-1]
         assert isinstance(last, nn.Conv3d) and last.bias is not None
@@ -302,11 +323,6 @@ class _Match(nn.Module):
             place = (alike * self.sharpness).softmax(dim=1)
             step = torch.einsum("blzyx,lk->bkzyx", place, self.moves)
         return v_vox + step + self.blocks(torch.cat([alike, fixed, v_vox], dim=1)).float()
-
-
-def _miss(there: Float[Tensor, "b 3 z y x"], back: Float[Tensor, "b 3 z y x"]) -> Float[Tensor, "b 1 z y x"]:
-    """Squared distance in voxels by which there and back again misses each voxel."""
-    return (there + warp(back, there)).square().sum(dim=1, keepdim=True)
 
 
 def correlations(
@@ -331,8 +347,9 @@ def _doubled(v_vox: Float[Tensor, "b 3 z y x"]) -> Float[Tensor, "b 3 Z Y X"]:
     return 2 * F.interpolate(v_vox, scale_factor=2, mode="trilinear", align_corners=False)
 
 
-def _block(inputs: int, width: int, groups: int, *, stride: int = 1) -> nn.Sequential:
-    """A kernel of 4 where the stride is 2, so that a coarse voxel's features are of its middle."""
+def conv_block(inputs: int, width: int, groups: int, *, stride: int = 1) -> nn.Sequential:
+    """Convolution, GroupNorm, leaky ReLU. A kernel of 4 where the stride is 2, so that a coarse voxel's features are
+    of its middle."""
     return nn.Sequential(
         nn.Conv3d(inputs, width, 2 + stride, stride=stride, padding=1, bias=False),
         nn.GroupNorm(groups, width),

@@ -4,20 +4,23 @@ Stateless: sample i is a function of the seed and i alone.
 """
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from lungssl_data.cache import PairCache
-from lungssl_data.pair import Displacement
+from lungssl_data.pair import Displacement, PhaseScan
 from lungssl_data.volume import Geometry
 from numpy import ndarray
 from scipy import ndimage
 from torch import Tensor
 
 from lungssl_tasks.registration.alignment import AlignmentConfig, align
-from lungssl_tasks.registration.common_grid import CommonGrid, common_grid
+from lungssl_tasks.registration.common_grid import CommonGrid, common_grid, labels_at, sampling_matrix
+from lungssl_tasks.segmentation import IGNORE_LABEL
 
 CPU = torch.device("cpu")
 
@@ -29,6 +32,9 @@ class TrainingPair:
     grid: CommonGrid
     true_vox: Float[Tensor, "1 3 z y x"] | None
     """v in voxels; NaN where unknown."""
+    fixed_labels: UInt8[Tensor, "1 z y x"] | None = None
+    """Lobes; IGNORE_LABEL where nothing was measured. None: nobody drew them, or they weren't asked for."""
+    moving_labels: UInt8[Tensor, "1 z y x"] | None = None
 
     def to(self, device: torch.device) -> "TrainingPair":
         """On a device."""
@@ -37,8 +43,12 @@ class TrainingPair:
             for field in dataclasses.fields(self.grid)
             if isinstance(getattr(self.grid, field.name), Tensor)
         }
-        true_vox = None if self.true_vox is None else self.true_vox.to(device)
-        return TrainingPair(grid=dataclasses.replace(self.grid, **held), true_vox=true_vox)
+        known = {
+            name: None if value is None else value.to(device)
+            for name in ("true_vox", "fixed_labels", "moving_labels")
+            for value in (getattr(self, name),)
+        }
+        return TrainingPair(grid=dataclasses.replace(self.grid, **held), **known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +84,15 @@ class TrainingPairs:
         seed: int,
         jitter: AffineJitter | None = None,
         with_truth: bool = False,
+        labelled: Collection[str] = (),
     ) -> None:
-        """`multiple`: of the grids' sides. Without `jitter` the affine is as found. ValueError for no patient."""
+        """`multiple`: of the grids' sides. Without `jitter` the affine is as found. `labelled`: the patients whose
+        lobes are given. ValueError for no patient.
+        """
         if not patients:
             raise ValueError("no patient has both phases; a registration network needs pairs")
         self.cache, self.patients, self.multiple, self.seed = cache, patients, multiple, seed
-        self.jitter, self.with_truth = jitter, with_truth
+        self.jitter, self.with_truth, self.labelled = jitter, with_truth, frozenset(labelled)
         self._affines: dict[str, Float[ndarray, "3 4"]] = {}
 
     def __len__(self) -> int:
@@ -108,6 +121,25 @@ class TrainingPairs:
             padded = dataclasses.replace(fixed.geometry(), shape=tuple(grid.fixed_hu.shape[2:]))
             true_vox = residual_vox(held.displacement, affine, padded)
         return TrainingPair(grid=grid, true_vox=true_vox)
+
+
+def pair_labels(
+    fixed: PhaseScan, moving: PhaseScan, affine: Float[ndarray, "3 4"], grid: CommonGrid
+) -> tuple[UInt8[Tensor, "1 z y x"] | None, UInt8[Tensor, "1 z y x"] | None]:
+    """Both scans' lobes on the pair's grid, the moving ones by `labels_at`; None for a scan without lobes."""
+    sizes = grid.fixed_hu.shape[2:]
+    here = there = None
+    if fixed.lobes is not None:
+        here = torch.full((1, *sizes), IGNORE_LABEL, dtype=torch.uint8)
+        z, y, x = fixed.lobes.shape
+        here[0, :z, :y, :x] = torch.from_numpy(np.where(fixed.valid > 0, fixed.lobes, np.uint8(IGNORE_LABEL)))
+    if moving.lobes is not None:
+        padded = dataclasses.replace(fixed.geometry(), shape=tuple(sizes))
+        theta = sampling_matrix(padded, moving.geometry(), affine, CPU)[None]
+        where = F.affine_grid(theta, [1, 1, *sizes], align_corners=True)
+        there = labels_at(np.where(moving.valid > 0, moving.lobes, np.uint8(IGNORE_LABEL)), where)
+        there = torch.where(grid.moving_seen[:, 0].bool(), there, IGNORE_LABEL)
+    return here, there
 
 
 def residual_vox(
