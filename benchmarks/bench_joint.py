@@ -4,11 +4,11 @@ Run: uv run python benchmarks/bench_joint.py [--arms NAMES] [--seeds 0,1,2] [--s
 
 Arms: `twins` (two networks apart, a field that never sees a label), `separate` (the same, with labels that the field
 carries), `dense`, `sedd`, `cross_stitch` and `cross_stitch_half` (its matrices begin at 0.5), all with equal weights;
-`..._homoscedastic` and `..._dwa`. Each is trained on the built-in kind of cohort (phantoms of `--spacing-mm`, half their
-texture in common) and judged on its test patients: Dice of exhale's lobes as predicted, and as the field carries them
-over from inhale; error of the displacement in the lung, folds. Means over seeds of means over patients. Results go on
-from `results/joint.json`, an arm's rows replaced when run again; `--quick`: 8 mm, 8 patients, three steps, apart. The
-last line is one JSON object; a ratio is the twins' error (1 - Dice, or mm) by the arm's.
+`..._homoscedastic` and `..._dwa`. Each is trained on the built-in kind of cohort (phantoms of `--spacing-mm`, half of
+their texture in common) and judged on its test patients: Dice of exhale's lobes as predicted, and as the field carries
+them over from inhale; error of the displacement in the lung, folds. Means over seeds of means over patients. Results go
+on from `results/joint.json`, an arm's rows replaced when run again; `--quick`: 8 mm, 8 patients, three steps, apart.
+The last line is one JSON object; a ratio is the twins' error (1 - Dice, or mm) by the arm's.
 """
 
 import argparse
