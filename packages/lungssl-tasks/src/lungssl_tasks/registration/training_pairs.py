@@ -120,7 +120,10 @@ class TrainingPairs:
         if self.with_truth and held.displacement is not None:
             padded = dataclasses.replace(fixed.geometry(), shape=tuple(grid.fixed_hu.shape[2:]))
             true_vox = residual_vox(held.displacement, affine, padded)
-        return TrainingPair(grid=grid, true_vox=true_vox)
+        labels: tuple[UInt8[Tensor, "1 z y x"] | None, UInt8[Tensor, "1 z y x"] | None] = (None, None)
+        if patient in self.labelled:
+            labels = pair_labels(fixed, moving, affine, grid)
+        return TrainingPair(grid=grid, true_vox=true_vox, fixed_labels=labels[0], moving_labels=labels[1])
 
 
 def pair_labels(
