@@ -26,6 +26,9 @@ class CohortConfig:
     """First phantom's seed."""
     motion: Literal["charts", "ffd"] = "charts"
     """Family of the lungs' inner motion: `ffd`, a B-spline warp without gravity, is held out for tests of shift."""
+    pathology: tuple[Literal["ground_glass", "consolidation", "emphysema", "covid", "effusion"], ...] | None = None
+    """Lesions that every patient has, with masks of ground glass and consolidation in the cache; None as presets draw
+    them, without masks."""
 
     def __post_init__(self) -> None:
         if self.patients < 1 or not self.spacing_mm > 0 or not 0 <= self.texture_rho <= 1:
@@ -39,8 +42,13 @@ class CohortConfig:
         from lungssl_data.cache_index import FORMAT_VERSION
         from lungssl_data.phantom.config import PHANTOM_VERSION
 
-        text = json.dumps([FORMAT_VERSION, PHANTOM_VERSION, asdict(self)], sort_keys=True)
+        fields = {name: value for name, value in asdict(self).items() if value is not None}  # names as they ever were
+        text = json.dumps([FORMAT_VERSION, PHANTOM_VERSION, fields], sort_keys=True)
         return f"phantoms-{self.patients}x{self.spacing_mm:g}mm-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+LESION_COHORT = CohortConfig(spacing_mm=4.0, seed=300, pathology=("ground_glass", "consolidation"))
+"""What `finetune cosegment` learns from without --data; none of the seeds that GrabCut's defaults were chosen on."""
 
 
 def preset_of(seed: int) -> Literal["deep", "ards"]:
@@ -82,13 +90,21 @@ def make_cohort(config: CohortConfig, folder: Path) -> Iterator[str]:
             spacing_mm=config.spacing_mm,
             texture_rho=config.texture_rho,
             motion=config.motion,
+            pathology=config.pathology,
         )
-        write_pair(pair_from_phantom(make_phantom(phantom_config), name, splits[name], key=config.name()), folder)
+        pair = pair_from_phantom(
+            make_phantom(phantom_config), name, splits[name], key=config.name(), lesions=config.pathology is not None
+        )
+        write_pair(pair, folder)
         yield f"phantom {index + 1}/{config.patients}: {preset}, seed {config.seed + index}, {splits[name]}"
 
 
-def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = "", margin_mm: float = 20.0) -> PhasePair:
+def pair_from_phantom(
+    phantom: Any, patient: str, split: Split, *, key: str = "", margin_mm: float = 20.0, lesions: bool = False
+) -> PhasePair:
     """A phantom as the cache holds a patient: cut to its lungs, its exact displacement kept.
+
+    `lesions`: with masks of ground glass and consolidation.
 
     `phantom` is a `lungssl_data.phantom.Phantom`, whose grids are axis-aligned already.
     """
@@ -114,6 +130,8 @@ def pair_from_phantom(phantom: Any, patient: str, split: Split, *, key: str = ""
             valid=np.ones([s.stop - s.start for s in box], np.uint8),
             lung=np.ascontiguousarray(source.lung[box]),
             lobes=np.ascontiguousarray(source.lobes[box]),
+            # 4 and 5, collapse and emphysema, are no codes of the cache
+            lesion=np.where(source.lesion[box] <= 2, source.lesion[box], np.uint8(0)) if lesions else None,
             spacing_mm=geometry.spacing_mm,
             origin_mm=(x, y, z),
             source_sha256=voxels_sha256(source.ct),

@@ -1,6 +1,6 @@
 """Fine-tuning on whole pairs: for registration, which needs no labels, and what other tasks on pairs share with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,8 @@ import torch
 from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
 from lungssl_data.pair import Split
+from lungssl_tasks.cosegmentation.lesion_pairs import LesionPair, LesionPairs
+from lungssl_tasks.cosegmentation.task import CosegmentationTask
 from lungssl_tasks.joint.task import JointTask
 from lungssl_tasks.model_folder import save_registration
 from lungssl_tasks.registration.network import RegistrationTask
@@ -30,18 +32,18 @@ class PairFinetuning:
     """Everything that `fit` needs. Made by `build`."""
 
     recipe: Recipe
-    task: RegistrationTask | JointTask
+    task: RegistrationTask | JointTask | CosegmentationTask
     cache: PairCache
-    pairs: TrainingPairs
-    held_out: list[TrainingPair]
+    pairs: TrainingPairs | LesionPairs
+    held_out: Sequence[TrainingPair | LesionPair]
     """Validation patients, the same at every evaluation, affines as they were found."""
     device: torch.device
 
-    def read(self, index: int) -> list[TrainingPair]:
+    def read(self, index: int) -> Sequence[TrainingPair | LesionPair]:
         """Pairs of micro-batch `index`."""
         return self.pairs.batch(index, self.recipe.train.batch)
 
-    def prepare(self, batch: list[TrainingPair], index: int) -> list[TrainingPair]:
+    def prepare(self, batch: Sequence[TrainingPair | LesionPair], index: int) -> Sequence[TrainingPair | LesionPair]:
         """On the device."""
         return [pair.to(self.device) for pair in batch]
 
@@ -163,7 +165,7 @@ def train(
     run = RunFolder.start(out, parts.recipe.as_dict(), data_fingerprint=seen, resume=resume, overwrite=overwrite)
     run.say(describe(parts, encoder))
     if not parts.held_out:
-        run.say("WARNING: no val patient has both phases; there are no held-out figures")
+        run.say("WARNING: no val patient has what this needs; there are no held-out figures")
     result = fit(
         parts.task,
         read=parts.read,
@@ -195,6 +197,11 @@ def dry_run(recipe: Recipe, *, data: Path, encoder: Path | None, labels: Labels,
     """Build all, make two real steps, say what a run would cost; writes nothing."""
     joint = recipe.task is not None and recipe.task.name == "joint"
     parts = build(recipe, data, name="joint" if joint else "register", encoder=encoder, labels=labels, device=device)
+    return cost_of(parts, encoder)
+
+
+def cost_of(parts: PairFinetuning, encoder: Path | None) -> str:
+    """What two real steps cost, and what a run would."""
     config = parts.recipe.train
     cost = measure_steps(
         parts.task, read=parts.read, prepare=parts.prepare, config=config, seed=parts.recipe.seed, device=parts.device

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lungssl_tasks.cosegmentation.model import CosegmentationModel
 from lungssl_tasks.joint.model import JointModel
 from lungssl_tasks.registration.network import RegistrationModel
 from lungssl_tasks.segmentation import SegmentationModel
@@ -30,6 +31,7 @@ from lungssl_tasks.segmentation import SegmentationModel
 FORMAT = "lungssl-segmentation-1"
 REGISTRATION_FORMAT = "lungssl-registration-1"
 JOINT_FORMAT = "lungssl-joint-1"
+COSEGMENTATION_FORMAT = "lungssl-cosegmentation-1"
 Model = TypeVar("Model", bound=nn.Module)
 _CARD, WEIGHTS = "model.json", "model.safetensors"
 
@@ -105,6 +107,23 @@ def save_joint(
         "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
         "joint": asdict(model.config),
         "labels": {str(code): name for code, name in labels.items()},
+        "spacing_mm_xyz": [model.encoder.spacing_mm] * 3,
+    }
+    _write(folder, card, model, extra)
+
+
+def save_cosegmentation(
+    folder: Path, model: CosegmentationModel, *, side_vox: int, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model folder of a co-segmentation network, with the side of its crops; an older model is replaced.
+
+    Raises ModelFolderError where `folder` exists and holds something else than a model.
+    """
+    card = {
+        "format": COSEGMENTATION_FORMAT,
+        "backbone": {"name": model.encoder.name, "config": asdict(model.encoder.config)},
+        "cosegmentation": asdict(model.config),
+        "side_vox": side_vox,
         "spacing_mm_xyz": [model.encoder.spacing_mm] * 3,
     }
     _write(folder, card, model, extra)
@@ -190,6 +209,21 @@ def load_joint(folder: Path) -> tuple[JointModel, dict[int, str]]:
     return model, {int(code): name for code, name in card["labels"].items()}
 
 
+def load_cosegmentation(folder: Path) -> tuple[CosegmentationModel, int]:
+    """A co-segmentation network in eval mode on the CPU, and the side of its crops in voxels of its encoder.
+
+    Raises ModelFolderError as `load_model` does.
+    """
+
+    def build(encoder: Encoder, card: dict[str, Any]) -> CosegmentationModel:
+        values = dict(card["cosegmentation"])
+        segment = SegmentationModel.Config(**values.pop("segment"))
+        return CosegmentationModel.Config(segment=segment, **values).build(encoder)
+
+    model, card = _read(folder, COSEGMENTATION_FORMAT, build)
+    return model, int(card["side_vox"])
+
+
 def load_displacements(folder: Path) -> RegistrationModel | JointModel:
     """Either of the two that give displacements. Raises ModelFolderError as `load_model` does."""
     return load_joint(folder)[0] if model_format(folder) == JOINT_FORMAT else load_registration(folder)
@@ -218,7 +252,7 @@ def _read(
         raise ModelFolderError(f"{folder / _CARD} is not JSON ({error}); copy the folder again") from error
     found = card.get("format") if isinstance(card, dict) else None
     if found != expected:
-        other = found in (FORMAT, REGISTRATION_FORMAT, JOINT_FORMAT)
+        other = found in (FORMAT, REGISTRATION_FORMAT, JOINT_FORMAT, COSEGMENTATION_FORMAT)
         step = "give a model that was fine-tuned for this" if other else "update lungssl"
         raise ModelFolderError(f"{folder / _CARD}: format {found!r}, expected {expected!r}; {step}")
     if tuple(card["hu_window"]) != HU_WINDOW:

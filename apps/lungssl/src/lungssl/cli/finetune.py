@@ -1,5 +1,6 @@
 """`lungssl finetune`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 
 def finetune(
-    task: Annotated[Literal["segment", "register", "joint"], typer.Argument(help="What for.")],
+    task: Annotated[Literal["segment", "register", "joint", "cosegment"], typer.Argument(help="What for.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=500 task.freeze_encoder=true")
     ] = None,
@@ -16,6 +17,12 @@ def finetune(
     ] = "none",
     data: Annotated[Path | None, typer.Option(help="Pair cache with labels; without it the phantoms.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Needed unless --dry-run.")] = None,
+    diameters: Annotated[
+        Path | None,
+        typer.Option(
+            help="To cosegment: CSV of lesions' diameters; without it they are measured on the cache's masks."
+        ),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe name or .yaml file; finetune/TASK by default.")] = None,
     labels: Annotated[
         int | None, typer.Option(min=1, help="Patients to learn from (to segment, joint: labelled); all without it.")
@@ -29,7 +36,7 @@ def finetune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Fine-tune an encoder: for lobes on a few labelled patients, for registration on pairs without labels, or for both
-    at once (joint) on pairs of which some are labelled.
+    at once (joint) on pairs of which some are labelled, or for lesions of both phases from two diameters (cosegment).
 
     The model goes to RUN/export/model; use it with `lungssl segment --model RUN` or `lungssl register --model RUN`.
 
@@ -44,21 +51,27 @@ def finetune(
         raise ConfigError("--resume and --overwrite exclude each other; give one")
     loaded = load_recipe(recipe or f"finetune/{task}", overrides or [])
 
-    from lungssl import finetuning, finetuning_joint, finetuning_registration
+    from lungssl import finetuning, finetuning_cosegment, finetuning_joint, finetuning_registration
 
     if data is None:
-        from lungssl.cohort import builtin_cohort
+        from lungssl.cohort import LESION_COHORT, builtin_cohort
 
-        data = builtin_cohort()
+        data = builtin_cohort(LESION_COHORT if task == "cosegment" else None)
     seen = finetuning.Labels(patients=labels, draw=draw)
     weights = None if encoder == "none" else finetuning.encoder_file(Path(encoder))
-    if dry_run:
-        module = finetuning if task == "segment" else finetuning_registration
-        print(module.dry_run(loaded, data=data, encoder=weights, labels=seen, device=device))
-    elif out is not None:
+    if diameters is not None and task != "cosegment":
+        raise ConfigError("--diameters belongs to task cosegment; leave it out")
+    if task == "cosegment":
+        prepared = partial(finetuning_cosegment.dry_run, diameters=diameters)
+        run = partial(finetuning_cosegment.finetune_cosegment, diameters=diameters)
+    else:
+        prepared = (finetuning if task == "segment" else finetuning_registration).dry_run
         run = {
             "segment": finetuning.finetune_segment,
             "register": finetuning_registration.finetune_register,
             "joint": finetuning_joint.finetune_joint,
         }[task]
+    if dry_run:
+        print(prepared(loaded, data=data, encoder=weights, labels=seen, device=device))
+    elif out is not None:
         run(loaded, data=data, out=out, encoder=weights, labels=seen, device=device, resume=resume, overwrite=overwrite)

@@ -1,0 +1,94 @@
+"""`lungssl finetune cosegment` on made lesions: trained, scored, from a file of diameters; what it refuses."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lungssl.cli import main
+from lungssl.cohort import CohortConfig
+from lungssl_data.cache import write_pair
+from lungssl_data.cache_index import FORMAT_VERSION
+from lungssl_data.pair import PhasePair, PhaseScan, Split
+from lungssl_data.phantom.config import PHANTOM_VERSION
+from lungssl_tasks.cosegmentation.diameters import lesions_of, measured, write_diameters
+
+SMALL = [
+    *("backbone.widths=[8,16,16]", "backbone.depths=[1,1,1]", "task.model.segment.base_width=4"),
+    *("task.model.segment.max_width=8", "task.side_vox=16", "train.steps=2", "train.eval_every=2"),
+]
+
+
+def scan_of(seed: int) -> PhaseScan:
+    apart = np.indices((22, 23, 24)) - np.array([10, 11, 12 + seed % 2]).reshape(3, 1, 1, 1)
+    lesion = ((apart**2).sum(axis=0) <= 10).astype(np.uint8)
+    hu = np.random.default_rng(seed).normal(np.where(lesion > 0, -100, -850), 30.0)
+    return PhaseScan(
+        ct_hu=hu.astype(np.int16),
+        valid=np.ones(lesion.shape, np.uint8),
+        lung=np.ones(lesion.shape, np.uint8),
+        lesion=lesion,
+        spacing_mm=(4.0, 4.0, 4.0),
+        origin_mm=(0.0, 0.0, 0.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lesions")
+    splits: tuple[tuple[int, Split], ...] = ((1, "train"), (2, "train"), (3, "val"))
+    for seed, split in splits:
+        pair = PhasePair(
+            patient=f"p{seed}",
+            exhale=scan_of(seed),
+            inhale=scan_of(seed + 1),
+            split=split,
+            exhale_to_inhale=np.eye(3, 4),
+            affine_provenance="none",
+        )
+        write_pair(pair, folder)
+    return folder
+
+
+def test_lesions_are_learnt_from_diameters_and_scored(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", "cosegment", "--data", str(cohort), *SMALL]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "2 pairs; resenc_tiny from random weights" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["lesions"]) == {"exhale", "inhale"} and summary["patients"] == ["p1", "p2"]
+    assert summary["lesions"]["exhale"]["pseudo_dice"] > 0.9 and 0 <= summary["lesions"]["inhale"]["dice"] < 1
+    assert 0 <= summary["val"]["truth_dice"] <= 1 and (tmp_path / "run" / "export" / "model" / "model.json").is_file()
+
+    scan = scan_of(1)
+    assert scan.lesion is not None
+    lesion = measured(lesions_of(scan.lesion)[0], scan.geometry())
+    write_diameters(tmp_path / "d.csv", {("p1", "exhale"): [lesion]})
+    assert main([*command, "--dry-run", "--diameters", str(tmp_path / "d.csv")]) == 0
+    assert "1 pairs; resenc_tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "message"),
+    [
+        (["task.side_vox=18"], 2, "side_vox 18 must be a multiple of the token stride, 4"),
+        (["views.global_vox=40"], 2, "views: task cosegment cuts its own crops; leave this section out"),
+        (["--diameters", "nowhere.csv"], 3, "--diameters: "),
+        (["task.supervision=boxes"], 2, "task.supervision: Input should be 'diameters' or 'masks'"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    cohort: Path, extra: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["finetune", "cosegment", "--data", str(cohort), "--dry-run", *SMALL, *extra]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_cohorts_without_lesions_keep_their_names() -> None:
+    """A new name would make everybody's phantoms again: what is None is not part of it."""
+    plain, ill = CohortConfig(), CohortConfig(pathology=("consolidation",))
+    fields = {"patients": 16, "spacing_mm": 5.0, "texture_rho": 0.5, "seed": 0, "motion": "charts"}
+    text = json.dumps([FORMAT_VERSION, PHANTOM_VERSION, fields], sort_keys=True)
+    assert plain.name() == f"phantoms-16x5mm-{hashlib.sha256(text.encode()).hexdigest()[:8]}" != ill.name()

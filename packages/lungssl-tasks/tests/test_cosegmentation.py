@@ -1,0 +1,341 @@
+"""Co-segmentation: diameters, GrabCut against brute force, lesions and their partners, co-attention, learning."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lungssl_backbones import create_backbone
+from lungssl_data.cache import PairCache, write_pair
+from lungssl_data.pair import Displacement, PhasePair, PhaseScan
+from lungssl_data.volume import Geometry
+from lungssl_tasks.cosegmentation.diameters import Diameters, lesions_of, measured, read_diameters, write_diameters
+from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig, log_density, minimum_cut, mixture, pseudo_mask
+from lungssl_tasks.cosegmentation.lesion_pairs import LesionPairs, moved_mm
+from lungssl_tasks.cosegmentation.model import CoAttention, CosegmentationModel
+from lungssl_tasks.cosegmentation.task import CosegmentationTask
+from lungssl_tasks.metrics import dice
+from lungssl_tasks.model_folder import ModelFolderError, load_cosegmentation, load_model, save_cosegmentation
+from lungssl_tasks.segmentation import IGNORE_LABEL, SegmentationModel
+from scipy.stats import norm
+
+SEGMENT = SegmentationModel.Config(base_width=8, max_width=16)
+
+
+def grid_of(shape: tuple[int, int, int], spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)) -> Geometry:
+    return Geometry(shape=shape, spacing_mm=spacing, origin_mm=(10.0, -20.0, 5.0), direction=np.eye(3))
+
+
+def test_diameters_of_a_rectangle_are_its_diagonal_and_the_chord_across() -> None:
+    grid = grid_of((4, 9, 12), (2.0, 1.0, 3.0))
+    mask = np.zeros(grid.shape, bool)
+    mask[2, 3, 2:9] = True  # 7 pixels of 2 mm along x
+    mask[2, 2:5, 5] = True  # 3 of 1 mm along y
+    mask[1, 3, 3:5] = True
+    found = measured(mask, grid)
+    # Along x from edge to edge, in units of the smaller pixel: 6 * 2 + 1; along y 3; on slice 2.
+    np.testing.assert_allclose(sorted(found.long_mm[:, 0]), [10 + 4 - 0.5, 10 + 16 + 0.5])
+    np.testing.assert_allclose(found.long_mm[:, 1:], [[-17, 11], [-17, 11]])
+    np.testing.assert_allclose(sorted(found.short_mm[:, 1]), [-20 + 2 - 0.5, -20 + 4 + 0.5])
+    np.testing.assert_allclose(found.short_mm[:, 0], 10 + 10)
+    assert found.half_axes_mm() == pytest.approx((6.5, 1.5, 1.5))
+    with pytest.raises(ValueError, match="empty mask"):
+        measured(np.zeros(grid.shape, bool), grid)
+
+
+def turned(degrees: float, a: float = 20.0, b: float = 10.0) -> Diameters:
+    along = np.array([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees)), 0])
+    across = np.array([-along[1], along[0], 0])
+    centre = np.array([50.0, 20.0, 45.0])
+    return Diameters(
+        long_mm=np.stack([centre - a * along, centre + a * along]),
+        short_mm=np.stack([centre - b * across, centre + b * across]),
+    )
+
+
+def test_the_ellipsoid_is_known_at_its_ends_and_by_its_volume() -> None:
+    lesion, grid = turned(30.0), grid_of((40, 40, 40), (2.0, 2.0, 2.0))
+    above = lesion.centre_mm() + np.array([0.0, 0.0, 5.0])
+    ends = np.stack([lesion.long_mm[1], lesion.short_mm[0], above])
+    np.testing.assert_allclose(lesion.axes_of(ends), [[1, 0, 0], [0, -1, 0], [0, 0, 0.5]], atol=1e-12)
+    assert lesion.ellipsoid(grid).sum() * 8 == pytest.approx(4 / 3 * np.pi * 20 * 10 * 10, rel=0.03)
+    assert lesion.box(grid, 1.3).sum() * 8 == pytest.approx(40 * 20 * 20 * 1.3**3, rel=0.05)
+    again = measured(lesion.ellipsoid(grid), grid)
+    assert again.half_axes_mm()[:2] == pytest.approx((20, 10), abs=1.5)
+    assert np.linalg.norm(again.centre_mm() - lesion.centre_mm()) < 1.5
+
+
+def test_a_file_of_diameters_comes_back_and_mistakes_are_named(tmp_path: Path) -> None:
+    write_diameters(
+        tmp_path / "d.csv", {("p1", "exhale"): [turned(30.0), turned(75.0)], ("p2", "inhale"): [turned(0.0)]}
+    )
+    found = read_diameters(tmp_path / "d.csv")
+    assert {key: len(some) for key, some in found.items()} == {("p1", "exhale"): 2, ("p2", "inhale"): 1}
+    np.testing.assert_allclose(found["p1", "exhale"][1].short_mm, turned(75.0).short_mm, atol=1e-3)
+    text = (tmp_path / "d.csv").read_text()
+    for change, message in (
+        (("p2,inhale", "p2,ei"), "line 4: phase 'ei', expected exhale or inhale"),
+        (("45.0000\n", "46.0000\n"), "line 2: both diameters lie on one axial slice"),
+        (("p1,exhale,", "p1,exhale,x"), "line 2: could not convert"),
+        (("p1,exhale", ",exhale"), "line 2: patient is missing"),
+    ):
+        (tmp_path / "e.csv").write_text(text.replace(*change))
+        with pytest.raises(ValueError, match=message):
+            read_diameters(tmp_path / "e.csv")
+
+
+def test_the_cut_is_the_least_of_all_labellings() -> None:
+    random = np.random.default_rng(0)
+    pairs = np.array([[i, j] for i, j in itertools.combinations(range(9), 2) if (j - i) in (1, 3)])
+    for _ in range(8):
+        cost_out, cost_in = random.normal(0, 2, 9), random.normal(0, 2, 9)
+        weights = random.uniform(0, 1.5, len(pairs))
+
+        def energy(inside: np.ndarray, out: Any = cost_out, within: Any = cost_in, w: Any = weights) -> float:
+            return float(np.where(inside, within, out).sum() + w[inside[pairs[:, 0]] != inside[pairs[:, 1]]].sum())
+
+        least = min(energy(np.array(labels)) for labels in itertools.product([False, True], repeat=9))
+        assert energy(minimum_cut(cost_out, cost_in, pairs, weights)) == pytest.approx(least, abs=0.05)
+
+
+def test_a_mixture_finds_what_values_were_drawn_from() -> None:
+    random = np.random.default_rng(0)
+    values = np.concatenate([random.normal(-850, 40, 3000), random.normal(-300, 80, 1000)])
+    weights, means, sds = mixture(values, 2)
+    np.testing.assert_allclose(weights, [0.75, 0.25], atol=0.03)
+    np.testing.assert_allclose(means, [-850, -300], atol=10)
+    np.testing.assert_allclose(sds, [40, 80], atol=8)
+    expected = np.log(weights[0] * norm.pdf(-500, means[0], sds[0]) + weights[1] * norm.pdf(-500, means[1], sds[1]))
+    assert log_density(np.array([-500.0]), weights, means, sds)[0] == pytest.approx(expected)
+    assert len(mixture(np.full(9, -800.0), 5)[0]) == 1
+
+
+def test_diameters_become_the_lesion_not_the_ellipsoid() -> None:
+    """Half of an ellipsoid, beside tissue as bright that isn't lung: what the diameters overstate is cut off."""
+    grid = grid_of((22, 22, 22))
+    lesion = Diameters(
+        long_mm=np.array([[26.0, 20.0, 49.0], [74.0, 20.0, 49.0]]),
+        short_mm=np.array([[50.0, 4.0, 49.0], [50.0, 36.0, 49.0]]),
+    )
+    truth = lesion.ellipsoid(grid) & (np.arange(22)[:, None, None] <= 11)
+    lung = np.ones(grid.shape, bool)
+    lung[:, 14:] = False
+    truth &= lung
+    hu = np.random.default_rng(0).normal(np.where(truth, -250.0, -820.0), 60.0)
+    hu[~lung] = -200
+    found = pseudo_mask(hu, grid, lesion, within=lung)
+    assert dice(found, truth) > 0.9 > 0.8 > dice(lesion.ellipsoid(grid), truth)
+    solid = pseudo_mask(hu, grid, lesion, GrabCutConfig(least_hu=-700.0), within=lung)
+    assert dice(solid, truth) > 0.9
+    with pytest.raises(ValueError, match="lie beyond the crop"):
+        pseudo_mask(hu, dataclasses.replace(grid, origin_mm=(500.0, 0.0, 0.0)), lesion)
+
+
+SHIFT = (8.0, -4.0, 4.0)
+"""Exhale to inhale, mm; voxels of 4."""
+
+
+def scan_of(lesion: np.ndarray, seed: int) -> PhaseScan:
+    hu = np.random.default_rng(seed).normal(np.array([-850.0, -300.0, -50.0])[lesion], 30.0)
+    return PhaseScan(
+        ct_hu=hu.astype(np.int16),
+        valid=np.ones(lesion.shape, np.uint8),
+        lung=np.ones(lesion.shape, np.uint8),
+        lesion=lesion,
+        spacing_mm=(4.0, 4.0, 4.0),
+        origin_mm=(0.0, 10.0, -5.0),
+    )
+
+
+def ball(shape: tuple[int, int, int], centre: tuple[int, int, int], radius: float) -> np.ndarray:
+    apart = np.indices(shape) - np.array(centre).reshape(3, 1, 1, 1)
+    return np.asarray((apart**2).sum(axis=0) <= radius**2)
+
+
+def patient(seed: int) -> PhasePair:
+    """A ball that stays, a smaller one that inhale lacks."""
+    shape = (24, 24, 26)
+    exhale, inhale = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    exhale[ball(shape, (8, 9, 8), 3.2)] = 1
+    exhale[ball(shape, (15, 15, 17), 2.4)] = 2
+    inhale[ball(shape, (9, 8, 10), 3.2)] = 1
+    scans = [scan_of(one, seed + k) for k, one in enumerate((exhale, inhale))]
+    u_mm = np.tile(np.array(SHIFT, np.float32).reshape(3, 1, 1, 1), (1, *shape))
+    return PhasePair(
+        patient=f"p{seed}",
+        exhale=scans[0],
+        inhale=scans[1],
+        exhale_to_inhale=np.eye(3, 4),
+        affine_provenance="none",
+        displacement=Displacement(
+            u_mm=u_mm, spacing_mm=scans[0].spacing_mm, origin_mm=scans[0].origin_mm, provenance="made"
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> PairCache:
+    folder = tmp_path_factory.mktemp("lesions") / "cache"
+    folder.mkdir()
+    for seed in (10, 20):
+        write_pair(patient(seed), folder)
+    return PairCache(folder)
+
+
+def lesion_pairs(cache: PairCache, **more: Any) -> LesionPairs:
+    given: dict[str, Any] = {"supervision": "masks", "seed": 0, "side_vox": 16, "grabcut": GrabCutConfig()}
+    return LesionPairs(cache, list(cache.patients), **(given | more))
+
+
+def test_lesions_find_their_partners_and_crops_their_middles(cache: PairCache) -> None:
+    pairs = lesion_pairs(cache)
+    assert pairs.matches == [("p10", 0, 0), ("p10", 1, None), ("p20", 0, 0), ("p20", 1, None)]
+    by_size = sorted((pairs.pair(index) for index in range(4)), key=lambda pair: -int((pair.exhale_labels == 1).sum()))
+    for pair in by_size[:2]:
+        for labels in (pair.exhale_labels, pair.inhale_labels):
+            assert (labels == 1).sum() == ball((24, 24, 26), (8, 9, 8), 3.2).sum() and labels[0, 8, 8, 8] == 1
+        assert (pair.exhale_labels == IGNORE_LABEL).any()  # another lesion's part, and beyond the scan
+    for pair in by_size[2:]:
+        assert (pair.exhale_labels == 1).sum() == ball((24, 24, 26), (15, 15, 17), 2.4).sum()
+        assert not (pair.inhale_labels == 1).any() and (pair.inhale_labels == 0).any()
+        assert pair.inhale_truth is not None and not (pair.inhale_truth == 1).any()
+        hu = pair.exhale_hu[0, 0][pair.exhale_labels[0] == 1]
+        assert abs(float(hu.mean()) + 50) < 10
+    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([40.0, 40, 40])), [48, 36, 44])
+    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([48.0, 36, 44]), back=True), [40, 40, 40])
+
+
+def test_a_sample_is_a_function_of_its_index_and_both_scans_are_mirrored_alike(cache: PairCache) -> None:
+    pairs = lesion_pairs(cache, shift_vox=2, flips=True)
+    again = lesion_pairs(cache, shift_vox=2, flips=True)
+    for index in (5, 0, 7):
+        one, other = pairs.pair(index), again.pair(index)
+        assert torch.equal(one.exhale_hu, other.exhale_hu) and torch.equal(one.inhale_labels, other.inhale_labels)
+        for phase in ("exhale", "inhale"):
+            hu, labels = getattr(one, f"{phase}_hu")[0, 0], getattr(one, f"{phase}_labels")[0]
+            assert ((hu > -600) & (labels == 0)).float().mean() < 1e-3  # labels go with their image
+    places = [torch.argwhere(pairs.pair(index).exhale_labels[0] == 1).float().mean(0) for index in range(8)]
+    assert len({tuple(place.tolist()) for place in places}) > 4
+
+
+def test_pseudo_masks_stand_in_for_masks(cache: PairCache) -> None:
+    pairs = lesion_pairs(cache, supervision="diameters")
+    for index in range(4):
+        pair = pairs.pair(index)
+        assert pair.exhale_truth is not None
+        known = (pair.exhale_labels != IGNORE_LABEL) & (pair.exhale_truth != IGNORE_LABEL)
+        found, truth = (((v == 1) & known)[0].numpy() for v in (pair.exhale_labels, pair.exhale_truth))
+        assert dice(found, truth) > 0.85
+    lesion = pairs.lesion("p10", "exhale", 0).diameters
+    given = {("p10", "exhale"): [lesion]}
+    alone = lesion_pairs(cache, supervision="diameters", diameters=given)
+    assert alone.matches == [("p10", 0, None)] and alone.pair(0).exhale_truth is None
+    assert alone.patients == ["p10"]
+    with pytest.raises(ValueError, match="masks needs a mask of every lesion"):
+        lesion_pairs(cache, diameters=given)
+    with pytest.raises(ValueError, match="no patient with both phases has a lesion"):
+        lesion_pairs(cache, diameters={})
+    assert [int(one.sum()) for one in lesions_of(np.pad(np.ones((3, 3, 3), np.uint8), 2))] == [27]
+
+
+def test_attention_gates_channels_by_the_other_scan_and_places_by_itself() -> None:
+    torch.manual_seed(0)
+    gate = CoAttention(4)
+    features, other = torch.randn(1, 4, 2, 3, 2), torch.randn(1, 4, 2, 3, 2)
+    assert torch.equal(gate(features, other), features)  # at first nothing changes
+    linear = gate.channels[-1]
+    assert isinstance(linear, torch.nn.Linear)
+    with torch.no_grad():
+        linear.weight.normal_()
+        gate.places.weight[0, 1, 1, 1, 1] = 0.5  # half of the largest channel, at its place
+    hidden = torch.nn.functional.leaky_relu(gate.channels[0](other.mean(dim=(2, 3, 4))), 0.01)
+    channels = 1 + torch.tanh(hidden @ linear.weight.T)
+    gated = features * channels.reshape(1, 4, 1, 1, 1)
+    expected = gated * (1 + torch.tanh(0.5 * gated.amax(dim=1, keepdim=True)))
+    torch.testing.assert_close(gate(features, other), expected)
+
+
+def task(**more: Any) -> CosegmentationTask:
+    torch.manual_seed(0)
+    encoder: Any = create_backbone("resenc_tiny", widths=(8, 16, 16), depths=(1, 1, 1), spacing_mm=4.0)
+    attention = more.pop("attention", "co")
+    config = CosegmentationModel.Config(segment=SEGMENT, attention=attention)
+    return CosegmentationTask.Config(model=config, side_vox=16, **more).build(encoder)
+
+
+@pytest.mark.parametrize(("attention", "meets"), [("co", True), ("own", False), ("none", False)])
+def test_scans_meet_where_they_should_and_are_treated_alike(attention: str, meets: bool) -> None:
+    model = task(attention=attention).model.eval()
+    if model.attend is not None:
+        torch.nn.init.normal_(model.attend.channels[-1].weight)  # pyright: ignore[reportArgumentType]
+    one, two, three = (torch.rand(1, 1, 16, 16, 16) * 1000 - 900 for _ in range(3))
+    with torch.no_grad():
+        exhale, inhale = model(one, two)
+        swapped = model(two, one)
+        changed, _ = model(one, three)
+    torch.testing.assert_close((exhale, inhale), swapped[::-1])
+    assert torch.allclose(exhale, changed) is not meets
+
+
+def test_it_learns_from_diameters_and_leaves_empty_what_vanished(cache: PairCache) -> None:
+    built = task(supervision="diameters").train()
+    pairs = lesion_pairs(cache, supervision="diameters", shift_vox=1, flips=True)
+    adam = torch.optim.Adam(built.parameters(), lr=1e-2)
+    figures = {}
+    for step in range(30):
+        output = built(pairs.batch(step, 2), step)
+        adam.zero_grad()
+        output.loss.backward()
+        adam.step()
+        figures = output.metrics
+    assert float(figures["truth_dice"]) > 0.8
+    judged = lesion_pairs(cache)
+    built.eval()
+    for index in range(4):
+        pair = judged.pair(index)
+        with torch.no_grad():
+            exhale, inhale = (logits.argmax(dim=1) == 1 for logits in built.model(pair.exhale_hu, pair.inhale_hu))
+        known = pair.exhale_labels != IGNORE_LABEL
+        assert dice((exhale & known)[0].numpy(), (pair.exhale_labels == 1)[0].numpy()) > 0.7
+        if not (pair.inhale_labels == 1).any():  # per-phase masks: nothing is forced to agree
+            where_it_was = pair.exhale_labels == 1
+            assert int((inhale & where_it_was).sum()) < 0.1 * int((exhale & where_it_was).sum())
+
+
+def test_a_teacher_labels_what_it_is_sure_of(cache: PairCache) -> None:
+    built = task(teach_after=1, momentum=0.9)
+    logit = torch.tensor([3.0, 0.5, -3.0, 3.0]).reshape(1, 1, 1, 1, 4)
+    labels = torch.tensor([0, 1, 1, IGNORE_LABEL], dtype=torch.uint8).reshape(1, 1, 1, 4)
+    taught = built.taught(torch.cat([torch.zeros_like(logit), logit], dim=1), labels)
+    assert taught.flatten().tolist() == [1, IGNORE_LABEL, 0, IGNORE_LABEL]
+    assert built.teacher is not None and not any(p.requires_grad for p in built.teacher.parameters())
+    bias = built.model.segmenter.head.bias
+    assert bias is not None
+    values = []
+    for step, value in enumerate((1.0, 3.0, 5.0)):
+        with torch.no_grad():
+            bias.fill_(value)
+        built.after_optimizer_step(step)
+        assert built.teacher.segmenter.head.bias is not None
+        values.append(built.teacher.segmenter.head.bias[0].item())
+    assert values == pytest.approx([1.0, 2.0, 3.0])  # the mean of all while they are few
+    pairs = lesion_pairs(cache).batch(0, 2)
+    losses = [float(built.train()(pairs, step).loss.detach()) for step in (0, 1)]
+    assert losses[0] != losses[1] and not built.teacher.training
+    with pytest.raises(ValueError, match="side_vox 18 must be a multiple of the token stride, 4"):
+        CosegmentationTask.Config(side_vox=18).build(built.export_encoder())
+
+
+def test_a_folder_holds_the_whole_network(tmp_path: Path) -> None:
+    model = task(attention="own").model.eval()
+    save_cosegmentation(tmp_path / "model", model, side_vox=16)
+    again, side_vox = load_cosegmentation(tmp_path / "model")
+    crops = [torch.rand(1, 1, 16, 16, 16) * 1000 - 900 for _ in range(2)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(*crops), again(*crops), rtol=0, atol=0)
+    assert side_vox == 16 and again.config == model.config
+    with pytest.raises(ModelFolderError, match="give a model that was fine-tuned for this"):
+        load_model(tmp_path / "model")
