@@ -56,7 +56,7 @@ def test_lesions_are_learnt_from_diameters_and_scored(
 ) -> None:
     command = ["finetune", "cosegment", "--data", str(cohort), *SMALL]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    assert "2 pairs; resenc_tiny from random weights" in capsys.readouterr().out
+    assert "2 pairs; resenc_tiny from random weights" in capsys.readouterr().err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["lesions"]) == {"exhale", "inhale"} and summary["patients"] == ["p1", "p2"]
     assert summary["lesions"]["exhale"]["pseudo_dice"] > 0.9 and 0 <= summary["lesions"]["inhale"]["dice"] < 1

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lungssl import registering
 from lungssl.cli import main
 from lungssl.cohort import pair_from_phantom
 from lungssl_data.cache import write_pair
+from lungssl_data.field import read_field
 from lungssl_data.pair import Split
 from lungssl_data.phantom import PhantomConfig, make_phantom
+from lungssl_data.readers import write_labels, write_volume
+from lungssl_data.volume import LabelMap
+from lungssl_tasks.registration import RegistrationConfig
+from lungssl_tasks.registration.descent import DescentConfig
 
 SMALL = [
     "backbone.widths=[8,16,16]",
@@ -31,11 +37,15 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_joint_model_is_trained_and_scored(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_joint_model_is_trained_scored_and_registers(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eight_mm = RegistrationConfig(spacing_mm=8.0, descent=DescentConfig(levels=()))
+    monkeypatch.setitem(registering.PRESETS, "coarse", eight_mm)
     command = ["finetune", "joint", "--data", str(cohort), "--labels", "1", *SMALL]
     run = tmp_path / "run"
     assert main([*command, "--out", str(run), "task.weighting=homoscedastic"]) == 0
-    assert "2 pairs, 1 of them labelled; resenc_tiny from random weights" in capsys.readouterr().out
+    assert "2 pairs, 1 of them labelled; resenc_tiny from random weights" in capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
     assert summary["patients"] == ["p1", "p2"] and len(summary["labelled_patients"]) == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -62,6 +72,23 @@ def test_a_joint_model_is_trained_and_scored(cohort: Path, tmp_path: Path, capsy
         ("p3", "exhale", "RML"),
     ]
     assert (scores / "registration" / "scores.csv").is_file()
+
+    phantom = make_phantom(PhantomConfig(preset="deep", seed=3, spacing_mm=8.0, trees=False))
+    files = []
+    for phase, role in (("exhale", "fixed"), ("inhale", "moving")):
+        source = getattr(phantom, phase)
+        write_volume(tmp_path / f"{phase}.nii.gz", source.ct)
+        mask = LabelMap(labels=source.lung, geometry=source.ct.geometry)
+        write_labels(tmp_path / f"{phase}_lung.nii.gz", mask)
+        files += [f"--{role}", str(tmp_path / f"{phase}.nii.gz")]
+        files += [f"--{role}-mask", str(tmp_path / f"{phase}_lung.nii.gz")]
+    fields = []
+    for name, model in (("joint", ["--model", str(run)]), ("search", [])):
+        files_out = ["-o", str(tmp_path / f"{name}.mha"), "--preset", "coarse"]
+        assert main(["register", *files, *files_out, *model]) == 0
+        assert ("network after" in capsys.readouterr().out) == (name == "joint")
+        fields.append(read_field(tmp_path / f"{name}.mha")[0])
+    assert (fields[0] != fields[1]).any()
 
 
 @pytest.mark.parametrize(
