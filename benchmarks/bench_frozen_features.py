@@ -1,13 +1,16 @@
 """What frozen features are worth in a registration's search: encoders beside raw intensities and MIND-SSC.
 
 Run: uv run python benchmarks/bench_frozen_features.py --runs DIR [--methods NAMES] [--seeds 0,1,2] [--patients N]
+     [--network RUN]
 
 `--runs`: the runs folder of a comparison of plan `methods` (`benchmarks/pilot.py --parts methods`), whose encoders were
 pretrained on its phantoms of 4 mm for 160 steps and are read frozen. Judged on the test phantoms of that plan, which no
 encoder saw, and on the open semi-synthetic pairs of `../shared/data`, if there, which are of other scanners: the
 domain shift is part of the figure. The same affine for all; TRE in mm of `coarse` (the search alone) with the features
 alone (share 1) and beside MIND-SSC (0.5), and of `default` with the search so led. Every pyramid level's features, each
-of unit length, tokens 8 mm apart or less. Results in `results/frozen_features.json`; the last line is one JSON object.
+of unit length, tokens 8 mm apart or less. `--network`: also a run of `finetune register`, whose answer takes the place
+of the search; it is trained on pairs, and no frozen feature. Results in `results/frozen_features.json`; the last
+line is one JSON object.
 """
 
 import argparse
@@ -23,17 +26,21 @@ import numpy as np
 import torch
 from bench_registration import DATA, OPEN, Case, load
 from lungssl.cohort import builtin_cohort
-from lungssl.comparison.plan import load_plan, pretrain_runs
-from lungssl.registering import encoder_features
+from lungssl.comparison.plan import Pretrain, load_plan, pretrain_runs
+from lungssl.registering import encoder_features, network_start
 from lungssl.registration_scoring import truths
+from lungssl.segmenting import model_folder
 from lungssl_backbones.encoder import Encoder
 from lungssl_backbones.weights import load_encoder
 from lungssl_data.cache import PairCache
 from lungssl_data.pair import PhaseScan
 from lungssl_ops.measure import commit, machine
+from lungssl_tasks.model_folder import load_displacements
 from lungssl_tasks.registration import PRESETS, RegistrationConfig, register
 from lungssl_tasks.registration.alignment import AlignmentConfig, align
 from lungssl_tasks.registration.common_grid import LUNG_HU
+from lungssl_tasks.registration.network import DisplacementModel
+from lungssl_tasks.registration.register import Start
 from lungssl_tasks.registration.scores import landmark_errors
 from scipy import ndimage
 
@@ -61,19 +68,33 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(NAMES))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--patients", type=int, default=None)
+    parser.add_argument("--network", type=Path, default=None)
     options = parser.parse_args()
-    found = dict(encoders(options.runs, options.methods.split(","), options.seeds.split(",")))
-    windows_mm = {run.arm: run.window_vox * ENCODER_MM for run in pretrain_runs(load_plan("methods", []), "")}
+    plan = load_plan("methods", [])
+    assert plan.shift is not None
+    data, shift = builtin_cohort(plan.phantoms, say=say), builtin_cohort(plan.shift, say=say)
+    runs = pretrain_runs(plan, PairCache(data).fingerprint(), PairCache(shift).fingerprint())
+    methods, seeds = options.methods.split(","), options.seeds.split(",")
+    found = dict(encoders(options.runs, [run for run in runs if run.arm in methods and str(run.seed) in seeds]))
+    windows_mm = {run.arm: run.window_vox * ENCODER_MM for run in runs}
+    network = None if options.network is None else load_displacements(model_folder(options.network))
     path = HERE / "results" / "frozen_features.json"
     rows = (
         {(r["method"], r["seed"], r["pair"]): r for r in json.loads(path.read_text())["rows"]} if path.is_file() else {}
     )
-    for subject in subjects(options.patients):
-        for (method, seed), weights in {("mind", ""): None, ("raw", ""): None, **found}.items():
+    for subject in subjects(PairCache(data), options.patients):
+        todo: dict[tuple[str, str], Path | None] = {("mind", ""): None, ("raw", ""): None, **found}
+        if network is not None:
+            todo["network", ""] = None
+        for (method, seed), weights in todo.items():
             row = {"group": subject.group, "pair": subject.name, "method": method, "seed": seed}
-            row |= measured(subject, method, weights, windows_mm.get(method))
+            if method == "network":
+                assert network is not None
+                row |= started_by(subject, network)
+            else:
+                row |= measured(subject, method, weights, windows_mm.get(method))
             rows[method, seed, subject.name] = row | {"commit": commit()}
-            print(json.dumps(row), file=sys.stderr, flush=True)
+            say(json.dumps(row))
         lines = ",\n".join(json.dumps(one) for one in rows.values())
         path.write_text(
             f'{{"benchmark": "frozen_features", "machine": {json.dumps(machine("cpu"))}, "rows": [\n{lines}\n]}}\n'
@@ -81,22 +102,18 @@ def main() -> None:
     print(json.dumps({"benchmark": "frozen_features", **table(list(rows.values())), "commit": commit()}))
 
 
-def encoders(runs: Path, methods: list[str], seeds: list[str]) -> Iterator[tuple[tuple[str, str], Path]]:
+def encoders(folder: Path, runs: list[Pretrain]) -> Iterator[tuple[tuple[str, str], Path]]:
     """Weights by method and seed; what isn't there is said."""
-    for method in methods:
-        for seed in seeds:
-            folders = sorted(runs.glob(f"{method}-seed{seed}-*/export/encoder.safetensors"))
-            folders = [path for path in folders if path.parent.parent.name.count("-") == 2]  # not its fine-tunes
-            if folders:
-                yield (method, seed), folders[0]
-            else:
-                print(f"{method}, seed {seed}: no encoder in {runs.name}", file=sys.stderr)
+    for run in runs:
+        path = folder / run.id / "export" / "encoder.safetensors"
+        if path.is_file():
+            yield (run.arm, str(run.seed)), path
+        else:
+            say(f"{run.id}: no encoder in {folder.name}")
 
 
-def subjects(most: int | None) -> Iterator[Subject]:
-    """Test phantoms of plan `methods`, then the open pairs."""
-    plan = load_plan("methods", [])
-    cache = PairCache(builtin_cohort(plan.phantoms, say=lambda line: print(line, file=sys.stderr)))
+def subjects(cache: PairCache, most: int | None) -> Iterator[Subject]:
+    """Test phantoms, then the open pairs."""
     for patient in cache.split("test")[:most]:
         pair = cache[patient]
         scans = {"fixed": pair.scan("exhale"), "moving": pair.scan("inhale")}
@@ -137,11 +154,26 @@ def measured(subject: Subject, method: str, weights: Path | None, window_mm: flo
     return row
 
 
+def started_by(subject: Subject, network: DisplacementModel) -> dict[str, Any]:
+    """As `measured`, the network in place of the search."""
+    there = subject.case.points_mm @ subject.affine[:, :3].T + subject.affine[:, 3]
+    row = {"affine_mm": round(landmark_errors(there, subject.case.true_mm, subject.case.points_mm).mean_mm, 3)}
+    start = network_start(network, subject.seen)
+    for name, preset in {"alone_mm": "coarse", "default_mm": "default"}.items():
+        row |= tre(subject.case, PRESETS[preset], subject.affine, None, name, start)
+    return row
+
+
 def tre(
-    case: Case, config: RegistrationConfig, affine: np.ndarray, features: Features | None, name: str
+    case: Case,
+    config: RegistrationConfig,
+    affine: np.ndarray,
+    features: Features | None,
+    name: str,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    found = register(case.fixed, case.moving, config, affine=affine, features=features)
+    found = register(case.fixed, case.moving, config, affine=affine, features=features, start=start)
     seconds = time.perf_counter() - started
     errors = landmark_errors(case.points_mm + found.at(case.points_mm), case.true_mm, case.points_mm)
     row = {name: round(errors.mean_mm, 3), name.replace("mm", "p95_mm"): round(errors.p95_mm, 3)}
@@ -176,6 +208,10 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
             seeds = [float(np.mean(values)) for values in of_seed.values()]
             held[group][method]["sd_of_seeds_mm"] = round(float(np.std(seeds, ddof=1)), 2) if len(seeds) > 1 else None
     return {"means": held}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

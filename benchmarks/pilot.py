@@ -1,4 +1,5 @@
-"""The pilot of the comparison: does the pair pay? Plan `phases` at three shares of common texture, and plan `methods`.
+"""The pilot of the comparison: does the pair pay? Plans `phases` at three shares of common texture, `methods`, and
+`recipes` (exploratory: the same contrast under two recipes, on phantoms that no other plan has).
 
 Run: uv run python benchmarks/pilot.py --out DIR [--parts phases-rho1,methods] [--shard 1/2] [--encoders] [--fresh]
      [--quick]
@@ -37,6 +38,7 @@ PARTS: dict[str, tuple[str, list[str]]] = {
     "phases-rho0.5": ("phases", [*PHASES["0.5"], NO_LABELS, ENCODERS]),
     "phases-rho0": ("phases", [*PHASES["0"], NO_LABELS, ENCODERS]),
     "methods": ("methods", [*PHASES["0.5"], NO_LABELS]),
+    "recipes": (str(HERE / "plans" / "recipes.yaml"), []),
 }
 QUICK = ["seeds=[0]", "phantoms.patients=12", "phantoms.spacing_mm=6", "shift.patients=2", "shift.spacing_mm=6"]
 DIGITS = 5
