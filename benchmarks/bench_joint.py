@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from lungssl.cohort import CohortConfig, builtin_cohort
 from lungssl.config import load_recipe
-from lungssl.finetuning import LOBES, Labels
+from lungssl.finetuning import Labels
 from lungssl.finetuning_joint import finetune_joint
 from lungssl.joint_scoring import score_joint, summary_of
 from lungssl_data.cache import PairCache
 from lungssl_ops.measure import commit, machine
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.model_folder import load_joint
 
 HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def main() -> None:
         if arm not in ARMS:
             parser.error(f"unknown arm {arm}; known: {', '.join(ARMS)}")
     cohort = CohortConfig(patients=options.patients, spacing_mm=options.spacing_mm, seed=700)
-    data = builtin_cohort(cohort, say=lambda line: print(line, file=sys.stderr))
+    data = builtin_cohort(cohort, say=say)
     out = HERE / "results" / f"joint{'_quick' if options.quick else ''}.json"
     rows = {(row["arm"], row["seed"]): row for row in json.loads(out.read_text())["rows"]} if out.is_file() else {}
     for seed in map(int, options.seeds.split(",")):  # arms in turn, so that a slow hour of the machine hits all alike
@@ -88,10 +89,10 @@ def main() -> None:
             rows[arm, seed] = {"arm": arm, "seed": seed, **measured(arm, seed, data, options), "commit": commit()}
             rows[arm, seed] |= {"machine": machine("cpu"), "cohort": cohort.name(), "steps": options.steps}
             rows[arm, seed] |= {"labels": options.labels, "encoder": options.encoder is not None}
-            print(json.dumps(rows[arm, seed]), file=sys.stderr, flush=True)
+            say(json.dumps(rows[arm, seed]))
             lines = ",\n".join(json.dumps(one) for one in rows.values())
             out.write_text(f'{{"benchmark": "joint", "rows": [\n{lines}\n]}}\n')
-    print(table(list(rows.values())), file=sys.stderr)
+    say(table(list(rows.values())))
     print(json.dumps({"benchmark": "joint", **verdict(list(rows.values())), "commit": commit()}))
 
 
@@ -112,7 +113,12 @@ def measured(arm: str, seed: int, data: Path, options: argparse.Namespace) -> di
     cache = PairCache(data)
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
     scores = score_joint(
-        model, cache, cache.split("test"), names=LOBES, device=device, say=lambda line: print(line, file=sys.stderr)
+        model,
+        cache,
+        cache.split("test"),
+        names=LOBE_NAMES,
+        device=device,
+        say=lambda line: print(line, file=sys.stderr),
     )
     held = summary_of(scores)
     row: dict[str, Any] = {name: round(figure(held), 4) for name, figure in FIGURES.items()}
@@ -176,6 +182,10 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
             ratios[f"{arm}_{name}_vs_{TWINS}"] = round(error(held[TWINS]) / max(error(held[arm]), 1e-6), 2)
         checks[f"{arm}_better_at_both"] = all(ratios[f"{arm}_{name}_vs_{TWINS}"] > 1 for name in ("predicted", "mm"))
     return {"ratios": ratios, "checks": checks}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

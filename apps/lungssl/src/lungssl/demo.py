@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lungssl_data.cache import PairCache
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.model_folder import load_model
 
 from lungssl.cohort import CohortConfig, make_cohort
 from lungssl.config import load_recipe
 from lungssl.errors import TrainingError
 from lungssl.evaluation import ScanScore, evaluate_model, evaluation_patients, write_scores
-from lungssl.finetuning import LOBES, Labels, encoder_file, finetune_segment
+from lungssl.finetuning import Labels, encoder_file, finetune_segment
 from lungssl.pretraining import pretrain
 from lungssl.reports.demo_report import DemoResults, write_demo_report
 
@@ -92,7 +93,7 @@ def _finetune(name: str, out: Path, seed: int) -> Path:
 def _evaluate(run: Path, cache: PairCache, folder: Path) -> list[ScanScore]:
     model, card = load_model(run / "export" / "model")
     scores = evaluate_model(
-        model, cache, evaluation_patients(cache, "test"), names=LOBES, roi_vox=card.roi_vox, overlap=0.25
+        model, cache, evaluation_patients(cache, "test"), names=LOBE_NAMES, roi_vox=card.roi_vox, overlap=0.25
     )
     write_scores(folder, scores)
     return scores

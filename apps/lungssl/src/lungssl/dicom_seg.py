@@ -14,7 +14,8 @@ from lungssl_data.readers.dicom import files_in_order
 from lungssl_tasks.aeration.parts import LOBE_NAMES
 
 from lungssl.errors import ConfigError, DataError
-from lungssl.segmenting import LUNG_NAMES, Segmented
+from lungssl.segmenting import Segmented
+from lungssl.structures import LUNG_NAMES
 
 if TYPE_CHECKING:
     import pydicom

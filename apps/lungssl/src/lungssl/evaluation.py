@@ -16,6 +16,7 @@ from lungssl_tasks.segmentation import SegmentationModel
 from numpy import ndarray
 
 from lungssl.errors import DataError
+from lungssl.structures import labels_named
 
 METRICS = ("dice", "nsd", "hd95_mm", "assd_mm", "volume_error_ml")
 
@@ -43,24 +44,25 @@ def evaluate_model(
     overlap: float = 0.5,
     device: str = "cpu",
 ) -> list[ScanScore]:
-    """Scores of every labelled scan of `patients`; DataError where none has lobes."""
-    predictions = predict_scans(model, cache, patients, roi_vox=roi_vox, overlap=overlap, device=device)
+    """Scores of every labelled scan of `patients`; DataError where none is labelled, ConfigError for other `names`."""
+    labels = labels_named(names)
+    predictions = predict_scans(model, cache, patients, labels=labels, roi_vox=roi_vox, overlap=overlap, device=device)
     return [score for prediction in predictions for score in prediction.scores(names)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prediction:
-    """A model's labels of a scan that has lobes."""
+    """A model's labels of a scan that somebody labelled."""
 
     patient: str
     phase: Phase
     scan: PhaseScan
+    truth: UInt8[ndarray, "z y x"]
     predicted: UInt8[ndarray, "z y x"]
 
     def scores(self, names: Mapping[int, str]) -> list[ScanScore]:
         """One per structure."""
-        assert self.scan.lobes is not None
-        rows = segmentation_scores(self.predicted, self.scan.lobes, spacing_mm=self.scan.spacing_mm, labels=names)
+        rows = segmentation_scores(self.predicted, self.truth, spacing_mm=self.scan.spacing_mm, labels=names)
         return [ScanScore(patient=self.patient, phase=self.phase, score=row) for row in rows]
 
 
@@ -69,32 +71,34 @@ def predict_scans(
     cache: PairCache,
     patients: Iterable[str],
     *,
+    labels: str = "lobes",
     roi_vox: tuple[int, int, int],
     overlap: float = 0.5,
     device: str = "cpu",
 ) -> Iterator[Prediction]:
-    """Labels of every scan of `patients` that has lobes; DataError where none has."""
+    """Labels of every scan of `patients` that has `labels` (`structures.py`); DataError where none has."""
     none = True
     for patient in patients:
         pair = cache[patient]
         for phase in pair.phases():
             scan = pair.scan(phase)
-            if scan.lobes is not None:
+            truth = getattr(scan, labels)
+            if truth is not None:
                 none = False
                 predicted = predict_labels(model, scan.ct_hu, roi_vox=roi_vox, overlap=overlap, device=device)
-                yield Prediction(patient=patient, phase=phase, scan=scan, predicted=predicted)
+                yield Prediction(patient=patient, phase=phase, scan=scan, truth=truth, predicted=predicted)
     if none:
-        raise DataError("none of the patients to evaluate has lobes; take another --split or label some")
+        raise DataError(f"none of the patients to evaluate has {labels}; take another --split or label some")
 
 
-def evaluation_patients(cache: PairCache, split: Split | str) -> list[str]:
-    """Patients of a split (or `all`) that have lobes in some phase; DataError where there are none."""
+def evaluation_patients(cache: PairCache, split: Split | str, labels: str = "lobes") -> list[str]:
+    """Patients of a split (or `all`) that have `labels` in some phase; DataError where there are none."""
     patients = cache.patients if split == "all" else [p for p, r in cache.records.items() if r.split == split]
     labelled = [
-        p for p in patients if any("lobes" in cache.phase_record(p, ph).datasets for ph in cache.record(p).phases())
+        p for p in patients if any(labels in cache.phase_record(p, ph).datasets for ph in cache.record(p).phases())
     ]
     if not labelled:
-        raise DataError(f"{cache.folder}: no patient of split {split!r} has lobes; see `lungssl cache info`")
+        raise DataError(f"{cache.folder}: no patient of split {split!r} has {labels}; see `lungssl cache info`")
     return labelled
 
 
@@ -122,13 +126,14 @@ def summary(scores: list[ScanScore]) -> dict[str, object]:
 def table(scores: list[ScanScore]) -> str:
     """The summary as text."""
     values = summary(scores)
-    head = f"{'':>6} {'Dice':>15} {'NSD 2 mm':>15} {'HD95 mm':>15} {'volume error ml':>18}"
+    wide = max(len(name) for name, moments in values.items() if isinstance(moments, dict))
+    head = f"{'':>{wide}} {'Dice':>15} {'NSD 2 mm':>15} {'HD95 mm':>15} {'volume error ml':>18}"
     lines = [f"{values['patients']} patients, {values['scans']} scans; mean ± standard deviation over patients", head]
     for name, moments in values.items():
         if isinstance(moments, dict):
             digits = {"dice": 3, "nsd": 3, "hd95_mm": 1, "volume_error_ml": 1}
             cells = [_cell(moments[metric], places) for metric, places in digits.items()]
-            lines.append(f"{name:>6} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {cells[3]:>18}")
+            lines.append(f"{name:>{wide}} {cells[0]:>15} {cells[1]:>15} {cells[2]:>15} {cells[3]:>18}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from lungssl_data.crops import PairCrops, usable_patients
 from lungssl_data.draws import draw_patients
 from lungssl_data.pair import Split
 from lungssl_data.views import ViewSampler
-from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.model_folder import save_model
 from lungssl_tasks.segmentation import SegmentationTask
 
@@ -26,6 +25,7 @@ from lungssl.config import Part, Recipe
 from lungssl.errors import ConfigError
 from lungssl.evaluation import evaluate_model, per_patient
 from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, check_spacing
+from lungssl.structures import SPANNING, names_of
 from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
@@ -34,7 +34,6 @@ from lungssl.training.step_cost import measure_steps
 
 WHOLE_LUNGS_MM = 250
 """Height and width of most adult lungs (LIDC case here: 300 x 270 mm with margins of 20 mm)."""
-LOBES = LOBE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +87,19 @@ class Finetuning:
         return {name: float(np.mean([float(output[name]) for output in outputs])) for name in outputs[0]}
 
     def whole_scan_dice(self, split: Split) -> dict[str, float]:
-        """Dice of each labelled patient of a split (of `train`: those the run may see), mean over lobes and phases."""
+        """Dice of each labelled patient of a split (of `train`: those the run may see), all structures, both phases."""
         patients = self.crops.patients if split == "train" else usable_patients(self.cache, self.recipe.data, split)
         if not patients:
             return {}
         scores = evaluate_model(
-            self.task.model, self.cache, patients, names=LOBES, roi_vox=self.roi_vox(), device=str(self.device)
+            self.task.model, self.cache, patients, names=self.names(), roi_vox=self.roi_vox(), device=str(self.device)
         )
         return per_patient(scores, "dice")
+
+    def names(self) -> Mapping[int, str]:
+        """What is learned, by code."""
+        assert self.recipe.data.labels is not None
+        return names_of(self.recipe.data.labels)
 
     def roi_vox(self) -> tuple[int, int, int]:
         """Sliding window: the size that the model was trained on."""
@@ -114,6 +118,7 @@ def build_finetuning(
         raise ConfigError(
             "this recipe has no `task` or no `data.labels`: it is for `lungssl pretrain`; take finetune/segment"
         )
+    classes = len(names_of(recipe.data.labels))
     cache = PairCache(data)
     spacing_mm = cache_spacing_mm(cache)
     where = pick_device(device)
@@ -131,7 +136,7 @@ def build_finetuning(
         held_out = [judged.batch(index, recipe.train.batch) for index in range(recipe.train.eval_batches)]
     return Finetuning(
         recipe=recipe,
-        task=task.build(backbone, len(LOBES)).to(where),
+        task=task.build(backbone, classes).to(where),
         cache=cache,
         crops=PairCrops(PairCache(data), recipe.data, split="train", patients=patients, seed=recipe.seed),
         held_out=held_out,
@@ -215,7 +220,7 @@ def finetune_segment(
         save_model(
             run.export / "model",
             parts.task.model,
-            labels=LOBES,
+            labels=parts.names(),
             spacing_mm=spacing_mm,
             roi_vox=parts.roi_vox(),
             extra=summary,
@@ -243,10 +248,10 @@ def dry_run(recipe: Recipe, *, data: Path, encoder: Path | None, labels: Labels,
 def warnings(parts: Finetuning) -> list[str]:
     """What will probably spoil the result."""
     side_mm = parts.recipe.views.global_vox * parts.spacing_mm
-    if side_mm < WHOLE_LUNGS_MM:
+    if side_mm < WHOLE_LUNGS_MM and parts.recipe.data.labels in SPANNING:
         return [
             f"views.global_vox={parts.recipe.views.global_vox} at {parts.spacing_mm:g} mm sees {side_mm:.0f} mm; place "
-            f"tells lobes apart, so let views span the lungs (about {WHOLE_LUNGS_MM} mm): larger views or "
+            f"tells lobes and sides apart, so let views span the lungs (about {WHOLE_LUNGS_MM} mm): larger views or "
             f"a cache at a larger --spacing-mm"
         ]
     return []

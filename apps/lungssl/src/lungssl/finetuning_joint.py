@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.joint.task import JointTask
 from lungssl_tasks.model_folder import save_joint
 
 from lungssl.config import Recipe
-from lungssl.finetuning import LOBES, Labels
+from lungssl.finetuning import Labels
 from lungssl.finetuning_registration import build, paired, train
 from lungssl.joint_scoring import score_joint, stitches, summary_of
 from lungssl.training.run_folder import RunFolder
@@ -38,9 +39,9 @@ def finetune_joint(
         if model.stitch:
             summary["cross_stitch"] = stitches(model)
         if judged := paired(parts.cache, "val"):
-            scores = score_joint(model, parts.cache, judged, names=LOBES, device=parts.device, say=run.say)
+            scores = score_joint(model, parts.cache, judged, names=LOBE_NAMES, device=parts.device, say=run.say)
             summary["whole_pairs"] = summary_of(scores)
-        save_joint(run.export / "model", model, labels=LOBES, extra=summary)
+        save_joint(run.export / "model", model, labels=LOBE_NAMES, extra=summary)
         run.say(f"model: {run.export / 'model'}; score it with `lungssl evaluate --model {out}`")
 
     return train(parts, out, encoder=encoder, labels=labels, resume=resume, overwrite=overwrite, export=export)

@@ -10,6 +10,7 @@ import torch
 from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
 from lungssl_data.pair import Split
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.cosegmentation.lesion_pairs import LesionPair, LesionPairs
 from lungssl_tasks.cosegmentation.task import CosegmentationTask
 from lungssl_tasks.joint.task import JointTask
@@ -19,7 +20,7 @@ from lungssl_tasks.registration.training_pairs import AffineJitter, TrainingPair
 
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError
-from lungssl.finetuning import LOBES, Labels, encoder_of, file_sha256
+from lungssl.finetuning import Labels, encoder_of, file_sha256
 from lungssl.training.loop import fit
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
@@ -81,7 +82,7 @@ def build(
     config = recipe.task.config
     recipe, backbone = encoder_of(recipe, encoder, cache)
     try:
-        task = (config.build(backbone, len(LOBES)) if name == "joint" else config.build(backbone)).to(where)
+        task = (config.build(backbone, len(LOBE_NAMES)) if name == "joint" else config.build(backbone)).to(where)
     except ValueError as error:
         raise ConfigError(f"task: {error}") from error
     patients = paired(cache, "train")

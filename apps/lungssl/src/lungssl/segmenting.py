@@ -14,8 +14,7 @@ from lungssl_data.volume import LabelMap, Volume
 from numpy import ndarray
 
 from lungssl.errors import ConfigError
-
-LUNG_NAMES = {1: "right lung", 2: "left lung"}
+from lungssl.structures import LUNG_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)

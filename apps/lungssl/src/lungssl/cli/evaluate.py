@@ -47,6 +47,7 @@ def evaluate(
     from lungssl import evaluation, joint_scoring, registration_scoring
     from lungssl.pretraining import check_spacing
     from lungssl.segmenting import model_folder
+    from lungssl.structures import labels_named
     from lungssl.training.precision import pick_device
 
     written = None if model is None else model_format(model_folder(model))
@@ -94,7 +95,7 @@ def evaluate(
     scores = evaluation.evaluate_model(
         loaded,
         cache,
-        evaluation.evaluation_patients(cache, split),
+        evaluation.evaluation_patients(cache, split, labels_named(card.labels)),
         names=card.labels,
         roi_vox=card.roi_vox,
         device=str(where),

@@ -9,6 +9,7 @@ import torch
 from lungssl_backbones.representation import paired_retrieval, phase_auc, phase_scores, rankme, retrieval_ranks
 from lungssl_data.cache import PairCache
 from lungssl_tasks.aeration import non_aerated_mass_g
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from lungssl_tasks.model_folder import load_model
 from torch import nn
 
@@ -16,7 +17,6 @@ from lungssl.comparison.landmarks import PairPoints, affine_error_mm, find, pair
 from lungssl.comparison.probing import LobeProbe, lobes_at, probe_dice, probes_of
 from lungssl.errors import DataError
 from lungssl.evaluation import Prediction, evaluation_patients, per_patient, predict_scans
-from lungssl.finetuning import LOBES
 
 Values = dict[str, dict[str, float]]
 """Endpoint to patient to figure."""
@@ -122,9 +122,9 @@ class Judge:
 
     def _lobes(self, folder: Path, cache: PairCache, patients: Sequence[str], device: str) -> Values:
         model, card = load_model(folder)
-        assert dict(card.labels) == LOBES
+        assert dict(card.labels) == LOBE_NAMES
         found = list(predict_scans(model, cache, patients, roi_vox=card.roi_vox, overlap=OVERLAP, device=device))
-        scores = [score for one in found for score in one.scores(LOBES)]
+        scores = [score for one in found for score in one.scores(LOBE_NAMES)]
         return {name: per_patient(scores, name) for name in ("dice", "nsd", "hd95_mm")} | airless_errors(found)
 
 

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int64
 from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
 from lungssl_data.pair import PhaseScan
+from lungssl_tasks.aeration.parts import LOBE_NAMES
 from torch import Tensor, nn
 
 from lungssl.comparison.landmarks import lung_grid_mm, point_features
-from lungssl.finetuning import LOBES
 
 LABELLED = 5
 """Patients, the regime that `domain.md` F's primary endpoint has."""
@@ -48,7 +48,7 @@ def fit_probe(features: Float[Tensor, "n d"], lobes: Int64[Tensor, " n"]) -> Lob
     rows, named = features[lobes > 0].double(), lobes[lobes > 0]
     mean, scale = rows.mean(dim=0), rows.std(dim=0).clamp_min(1e-12)
     standard = (rows - mean) / scale
-    wanted = torch.nn.functional.one_hot(named - 1, len(LOBES)).double()
+    wanted = torch.nn.functional.one_hot(named - 1, len(LOBE_NAMES)).double()
     bias = wanted.mean(dim=0)
     moments = standard.T @ standard / len(rows) + RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
     weight = torch.linalg.solve(moments, standard.T @ (wanted - bias) / len(rows))
