@@ -34,7 +34,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_label_set_is_learned_scored_and_segmented(
     labels: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, names = tmp_path / "run", list(STRUCTURES[labels].values())
+    run, names = tmp_path / "run", list(STRUCTURES[labels].names.values())
     command = ["finetune", "segment", "--data", str(cohort), "--out", str(run), f"data.labels={labels}", *SMALL]
     assert main(command) == 0
     said = capsys.readouterr()
@@ -45,6 +45,7 @@ def test_a_label_set_is_learned_scored_and_segmented(
     assert held["patients"] == 1 and held["scans"] == 2 and set(names) < set(held)
     table = (scores / "table.txt").read_text().splitlines()
     assert len({len(line) for line in table[1:]}) == 1 and names[0] in table[3]
+    assert f"NSD {1 if labels == 'lung' else 3} mm" in table[1]
     report = tmp_path / "ct.json"
     files = [str(cohort / "ct.nii.gz"), "-o", str(tmp_path / "mask.nii.gz"), "--report", str(report)]
     assert main(["segment", *files, "--model", str(run)]) == 0

@@ -11,12 +11,12 @@ from jaxtyping import UInt8
 from lungssl_data.cache import PairCache
 from lungssl_data.pair import Phase, PhaseScan, Split
 from lungssl_tasks.inference import predict_labels
-from lungssl_tasks.metrics import LOBE_TOLERANCE_MM, LabelScore, segmentation_scores
+from lungssl_tasks.metrics import LabelScore, segmentation_scores
 from lungssl_tasks.segmentation import SegmentationModel
 from numpy import ndarray
 
 from lungssl.errors import DataError
-from lungssl.structures import labels_named
+from lungssl.structures import labels_named, structures
 
 METRICS = ("dice", "nsd", "hd95_mm", "assd_mm", "volume_error_ml")
 
@@ -62,7 +62,10 @@ class Prediction:
 
     def scores(self, names: Mapping[int, str]) -> list[ScanScore]:
         """One per structure."""
-        rows = segmentation_scores(self.predicted, self.truth, spacing_mm=self.scan.spacing_mm, labels=names)
+        tolerance_mm = structures(labels_named(names)).tolerance_mm
+        rows = segmentation_scores(
+            self.predicted, self.truth, spacing_mm=self.scan.spacing_mm, labels=names, tolerance_mm=tolerance_mm
+        )
         return [ScanScore(patient=self.patient, phase=self.phase, score=row) for row in rows]
 
 
@@ -116,7 +119,7 @@ def summary(scores: list[ScanScore]) -> dict[str, object]:
     return {
         "patients": len(per_patient(scores, "dice")),
         "scans": len({(item.patient, item.phase) for item in scores}),
-        "nsd_tolerance_mm": LOBE_TOLERANCE_MM,
+        "nsd_tolerance_mm": scores[0].score.tolerance_mm,
         "definition": "surface figures by DeepMind's definition (area-weighted surface elements)",
         "all": _moments(scores),
         **{name: _moments(rows) for name, rows in structures.items()},
@@ -126,8 +129,9 @@ def summary(scores: list[ScanScore]) -> dict[str, object]:
 def table(scores: list[ScanScore]) -> str:
     """The summary as text."""
     values = summary(scores)
+    nsd = f"NSD {values['nsd_tolerance_mm']:g} mm"
     wide = max(len(name) for name, moments in values.items() if isinstance(moments, dict))
-    head = f"{'':>{wide}} {'Dice':>15} {'NSD 2 mm':>15} {'HD95 mm':>15} {'volume error ml':>18}"
+    head = f"{'':>{wide}} {'Dice':>15} {nsd:>15} {'HD95 mm':>15} {'volume error ml':>18}"
     lines = [f"{values['patients']} patients, {values['scans']} scans; mean ± standard deviation over patients", head]
     for name, moments in values.items():
         if isinstance(moments, dict):

@@ -25,7 +25,7 @@ from lungssl.config import Part, Recipe
 from lungssl.errors import ConfigError
 from lungssl.evaluation import evaluate_model, per_patient
 from lungssl.pretraining import at_spacing, cache_spacing_mm, check_sizes, check_spacing
-from lungssl.structures import SPANNING, names_of
+from lungssl.structures import structures
 from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
@@ -99,7 +99,7 @@ class Finetuning:
     def names(self) -> Mapping[int, str]:
         """What is learned, by code."""
         assert self.recipe.data.labels is not None
-        return names_of(self.recipe.data.labels)
+        return structures(self.recipe.data.labels).names
 
     def roi_vox(self) -> tuple[int, int, int]:
         """Sliding window: the size that the model was trained on."""
@@ -118,7 +118,7 @@ def build_finetuning(
         raise ConfigError(
             "this recipe has no `task` or no `data.labels`: it is for `lungssl pretrain`; take finetune/segment"
         )
-    classes = len(names_of(recipe.data.labels))
+    classes = len(structures(recipe.data.labels).names)
     cache = PairCache(data)
     spacing_mm = cache_spacing_mm(cache)
     where = pick_device(device)
@@ -248,7 +248,8 @@ def dry_run(recipe: Recipe, *, data: Path, encoder: Path | None, labels: Labels,
 def warnings(parts: Finetuning) -> list[str]:
     """What will probably spoil the result."""
     side_mm = parts.recipe.views.global_vox * parts.spacing_mm
-    if side_mm < WHOLE_LUNGS_MM and parts.recipe.data.labels in SPANNING:
+    assert parts.recipe.data.labels is not None
+    if side_mm < WHOLE_LUNGS_MM and structures(parts.recipe.data.labels).by_place:
         return [
             f"views.global_vox={parts.recipe.views.global_vox} at {parts.spacing_mm:g} mm sees {side_mm:.0f} mm; place "
             f"tells lobes and sides apart, so let views span the lungs (about {WHOLE_LUNGS_MM} mm): larger views or "

@@ -18,6 +18,8 @@ from lungssl_tasks.surface import surface_distances
 
 LUNG_TOLERANCE_MM = 1.0
 """NSD tolerance of the lung in the COVID-19-CT-Seg-Benchmark (Ma et al. 2021, doi:10.1002/mp.14676)."""
+LESION_TOLERANCE_MM = 3.0
+"""NSD tolerance of lesions in the same benchmark."""
 LOBE_TOLERANCE_MM = 2.0
 """NSD tolerance of lobes: ours, there is no standard; fissures are drawn less exactly than the lung's edge."""
 
@@ -51,7 +53,7 @@ def segmentation_scores(
 ) -> list[LabelScore]:
     """One row per label, in the order of `labels` (code -> name).
 
-    `spacing_mm` is (x, y, z); `tolerance_mm` is for the NSD: LOBE_TOLERANCE_MM or LUNG_TOLERANCE_MM.
+    `spacing_mm` is (x, y, z); `tolerance_mm` is for the NSD: LUNG_, LOBE_ or LESION_TOLERANCE_MM.
     Raises ValueError where the shapes differ.
     """
     if pred.shape != truth.shape:
