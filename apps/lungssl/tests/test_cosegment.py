@@ -1,5 +1,6 @@
 """`lungssl finetune cosegment` on made lesions: trained, scored, from a file of diameters; what it refuses."""
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_lesions_are_learnt_from_diameters_and_scored(
     assert set(summary["lesions"]) == {"exhale", "inhale"} and summary["patients"] == ["p1", "p2"]
     assert summary["lesions"]["exhale"]["pseudo_dice"] > 0.9 and 0 <= summary["lesions"]["inhale"]["dice"] < 1
     assert 0 <= summary["val"]["truth_dice"] <= 1 and (tmp_path / "run" / "export" / "model" / "model.json").is_file()
+
+    scores = tmp_path / "scores"
+    evaluate = ["evaluate", "--model", str(tmp_path / "run"), "--data", str(cohort), "--out", str(scores)]
+    assert main([*evaluate, "--split", "val"]) == 0
+    assert json.loads((scores / "summary.json").read_text()) == summary["lesions"]
+    rows = list(csv.DictReader((scores / "scores.csv").read_text().splitlines()))
+    assert [(row["patient"], row["phase"]) for row in rows] == [("p3", "exhale"), ("p3", "inhale")]
+    assert capsys.readouterr().out == (scores / "table.txt").read_text()
+    assert main([*evaluate, "--overwrite"]) == 3
+    assert "split 'test': no patient with both phases has a lesion" in capsys.readouterr().err
 
     scan = scan_of(1)
     assert scan.lesion is not None

@@ -1,19 +1,18 @@
 """Fine-tuning for co-segmentation: lesions of both phases from two diameters each, the same loop as pretraining."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
 from lungssl_tasks.cosegmentation.diameters import read_diameters
+from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig
 from lungssl_tasks.cosegmentation.lesion_pairs import PHASES, LesionPair, LesionPairs
 from lungssl_tasks.cosegmentation.task import CosegmentationTask
-from lungssl_tasks.metrics import dice
 from lungssl_tasks.model_folder import save_cosegmentation
-from lungssl_tasks.segmentation import IGNORE_LABEL
 
+from lungssl import lesion_scoring
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError, DataError
 from lungssl.finetuning import Labels, encoder_of
@@ -72,7 +71,7 @@ def build(
     except ValueError as error:
         raise ConfigError(f"{data}: {error}") from error
     held_out = []
-    if judged := _with_lesions(cache, paired(cache, "val"), given):
+    if judged := with_lesions(cache, paired(cache, "val"), given):
         held = LesionPairs(cache, judged, supervision="diameters", seed=0, **common)
         held_out = [held.pair(index) for index in range(len(held))]
     return PairFinetuning(recipe=recipe, task=task, cache=cache, pairs=pairs, held_out=held_out, device=where)
@@ -92,17 +91,18 @@ def finetune_cosegment(
 ) -> dict[str, Any]:
     """Train, judge on the validation patients' lesions, export `export/model`; returns what summary.json holds.
 
-    `summary["lesions"]`: Dice of predicted and of pseudo-masks with masks that somebody drew, per phase, means over
-    patients of means over their lesions. Raises ConfigError, the data package's errors, and what `fit` raises.
+    `summary["lesions"]`: Dice of predicted and of pseudo-masks with masks that somebody drew, per phase
+    (`lesion_scoring.summary`). Raises ConfigError, the data package's errors, and what `fit` raises.
     """
     parts = build(recipe, data, encoder=encoder, labels=labels, diameters=diameters, device=device)
 
     def export(run: RunFolder, summary: dict[str, Any]) -> None:
         assert isinstance(parts.task, CosegmentationTask)
-        scores = score_lesions(parts)
-        if scores:
-            summary["lesions"] = scores
-            run.say(f"val lesions, mean Dice over patients: {scores}")
+        judged = [pair for pair in parts.held_out if isinstance(pair, LesionPair)]
+        if any(pair.exhale_truth is not None or pair.inhale_truth is not None for pair in judged):
+            scores = lesion_scoring.score_lesions(parts.task.model, judged, device=parts.device)
+            summary["lesions"] = lesion_scoring.summary(scores)
+            run.say(f"lesions of val patients:\n{lesion_scoring.table(scores)}")
         side_vox = parts.task.config.side_vox
         save_cosegmentation(run.export / "model", parts.task.model, side_vox=side_vox, extra=summary)
         run.say(f"model: {run.export / 'model'}")
@@ -124,36 +124,26 @@ def dry_run(
     return cost_of(parts, encoder)
 
 
-def score_lesions(parts: PairFinetuning) -> dict[str, dict[str, float]]:
-    """By phase: `dice` of predicted masks and `pseudo_dice` of the labels with what somebody drew, mean over patients.
-
-    Both maps empty score 1 (`metrics.dice`); crops that nobody drew in are left out.
-    """
-    assert isinstance(parts.task, CosegmentationTask)
-    parts.task.eval()
-    held: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for pair in parts.held_out:
-        assert isinstance(pair, LesionPair)
-        with torch.inference_mode():
-            logits = parts.task.model(pair.exhale_hu.to(parts.device), pair.inhale_hu.to(parts.device))
-        for phase, values in zip(PHASES, logits, strict=True):
-            truth, labels = getattr(pair, f"{phase}_truth"), getattr(pair, f"{phase}_labels")
-            if truth is None:
-                continue
-            known = (truth != IGNORE_LABEL).numpy()[0]
-            there = (truth == 1).numpy()[0]  # within what is known
-            found = (values[:, 1] > values[:, 0]).cpu().numpy()[0] & known
-            for name, mask in (("dice", found), ("pseudo_dice", (labels == 1).numpy()[0] & known)):
-                held.setdefault(phase, {}).setdefault(name, {}).setdefault(pair.patient, []).append(dice(mask, there))
-    return {
-        phase: {
-            name: float(np.mean([np.mean(values) for values in patients.values()])) for name, patients in names.items()
-        }
-        for phase, names in held.items()
-    }
+def judged_lesions(cache: PairCache, split: str, *, side_vox: int) -> list[LesionPair]:
+    """Undisturbed crops of a split's (or of `all`) lesions, by the cache's masks; DataError where there are none."""
+    pairs = [
+        p for p in cache.patients if split in ("all", cache.record(p).split) and len(cache.record(p).phases()) == 2
+    ]
+    try:
+        held = LesionPairs(
+            cache,
+            with_lesions(cache, pairs, None),
+            supervision="diameters",
+            seed=0,
+            side_vox=side_vox,
+            grabcut=GrabCutConfig(),
+        )
+    except ValueError as error:
+        raise DataError(f"{cache.folder}, split {split!r}: {error}") from error
+    return [held.pair(index) for index in range(len(held))]
 
 
-def _with_lesions(cache: PairCache, patients: list[str], given: Any) -> list[str]:
+def with_lesions(cache: PairCache, patients: list[str], given: Mapping[tuple[str, str], Any] | None) -> list[str]:
     """Those that have a lesion to be judged on: in the file, or a mask in either phase."""
     if given is not None:
         named = {patient for patient, _ in given}

@@ -9,7 +9,7 @@ import typer
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, summary.json and table.txt.")],
     model: Annotated[
-        Path | None, typer.Option(help="A fine-tuning run (segment, register or joint) or its export/model.")
+        Path | None, typer.Option(help="A fine-tuning run (segment, register, joint or cosegment) or its export/model.")
     ] = None,
     register: Annotated[
         str | None, typer.Option(help="Score registration with this preset: coarse, fast, default, accurate.")
@@ -25,7 +25,8 @@ def evaluate(
 ) -> None:
     """Score a model on whole scans, per patient: Dice, NSD, HD95, volumes; or a registration: TRE, folds, SD of ln J.
 
-    Of a joint model both, with the lobes that its field carries over.
+    Of a joint model both, with the lobes that its field carries over; of a co-segmentation, lesions of both phases by
+    the cache's masks, found from their diameters.
 
     Surface figures follow DeepMind's definition (area-weighted surface elements). Registration is judged by landmarks
     and by displacements that the cache knows (phantoms), at the cache's voxels.
@@ -41,10 +42,18 @@ def evaluate(
         raise ConfigError("nothing to score: give --model, or --register PRESET")
 
     from lungssl_data.cache import PairCache
-    from lungssl_tasks.model_folder import JOINT_FORMAT, REGISTRATION_FORMAT, load_joint, load_model, model_format
+    from lungssl_tasks.model_folder import (
+        COSEGMENTATION_FORMAT,
+        JOINT_FORMAT,
+        REGISTRATION_FORMAT,
+        load_cosegmentation,
+        load_joint,
+        load_model,
+        model_format,
+    )
     from lungssl_tasks.registration import PRESETS
 
-    from lungssl import evaluation, joint_scoring, registration_scoring
+    from lungssl import evaluation, finetuning_cosegment, joint_scoring, lesion_scoring, registration_scoring
     from lungssl.pretraining import check_spacing
     from lungssl.segmenting import model_folder
     from lungssl.structures import labels_named
@@ -59,10 +68,18 @@ def evaluate(
     if encoder is not None and (register is None or model is not None):
         raise ConfigError("--encoder belongs to --register PRESET without --model")
     if data is None:
-        from lungssl.cohort import builtin_cohort
+        from lungssl.cohort import LESION_COHORT, builtin_cohort
 
-        data = builtin_cohort()
+        data = builtin_cohort(LESION_COHORT if written == COSEGMENTATION_FORMAT else None)
     cache, where = PairCache(data), pick_device(device)
+    if model is not None and written == COSEGMENTATION_FORMAT:
+        lesions, side_vox = load_cosegmentation(model_folder(model))
+        check_spacing(f"--model {model}", lesions.encoder.spacing_mm, cache)
+        pairs_of_lesions = finetuning_cosegment.judged_lesions(cache, split, side_vox=side_vox)
+        scores = lesion_scoring.score_lesions(lesions, pairs_of_lesions, device=where)
+        lesion_scoring.write_scores(out, scores)
+        print(lesion_scoring.table(scores))
+        return
     if model is not None and written == JOINT_FORMAT:
         both, names = load_joint(model_folder(model))
         check_spacing(f"--model {model}", both.encoder.spacing_mm, cache)
