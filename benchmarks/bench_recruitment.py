@@ -1,6 +1,6 @@
 """Recruitment by `lungssl analyze` on noisy phantoms of ARDS, from masks that we make: how far off the truth?
 
-Run: uv run python benchmarks/bench_recruitment.py [--phantoms 8] [--steps 600] [--encoder RUN] [--quick]
+Run: uv run python benchmarks/bench_recruitment.py [--phantoms 8] [--steps 600] [--encoder RUN] [--run DIR] [--quick]
 
 A lobe model is trained on the built-in kind of phantoms (53 of 4 mm, a third of them ventilated ARDS) and used on
 others of 2 mm that it has not seen, with noise, airways and vessels, all through files, as a user would:
@@ -11,7 +11,9 @@ others of 2 mm that it has not seen, with noise, airways and vessels, all throug
 
 `net_recruited_percent` of lung mass against the noise-free truth, mean absolute error beside the smallest real
 difference that readers and machines reach (5.9 %, CREATIS 2023); recruited gas and tissue by place, which need the
-registration (`--preset`), too. Results in `results/recruitment.json`; the last line is one JSON object.
+registration (`--preset`), too. The same model on a real scan (LIDC-IDRI 0001 in `../shared/data`, if there), whose
+lobes are TotalSegmentator's: what phantoms alone teach of people. `--run` keeps the model, or takes one that is there.
+Results in `results/recruitment.json`; the last line is one JSON object.
 """
 
 import argparse
@@ -28,16 +30,19 @@ from lungssl.analyzing import analyse_files
 from lungssl.cohort import CohortConfig, builtin_cohort
 from lungssl.config import load_recipe
 from lungssl.finetuning import Labels, encoder_file, finetune_segment
-from lungssl.segmenting import segment_lungs
+from lungssl.segmenting import segment_lungs, segment_with_model
+from lungssl_data.layouts.source import LOBE_CODES
 from lungssl_data.phantom import Phantom, PhantomConfig, make_phantom
 from lungssl_data.phantom.parenchyma import TISSUE_HU as PHANTOM_TISSUE_HU
-from lungssl_data.readers import write_labels, write_volume
+from lungssl_data.readers import read_labels, read_volume, write_labels, write_volume
 from lungssl_data.volume import LabelMap
 from lungssl_ops.measure import commit, machine
 from lungssl_tasks.aeration.change import TISSUE_HU
 from lungssl_tasks.aeration.precision import RECRUITMENT
+from lungssl_tasks.metrics import LUNG_TOLERANCE_MM, segmentation_scores
 
 HERE = Path(__file__).parent
+LIDC = HERE.parent.parent / "shared" / "data" / "lidc_idri_0001"
 FIRST_SEED = 6000
 """No cohort of this project has it."""
 RECIPE = ["data.crop_vox=[72,72,72]", "views.global_vox=64"]
@@ -58,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--spacing-mm", type=float, default=2.0)
     parser.add_argument("--encoder", type=Path, default=None, help="a pretraining run; random weights without it")
+    parser.add_argument("--run", type=Path, default=None, help="folder of the lobe model's run")
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--quick", action="store_true", help="12 phantoms of 6 mm, 4 steps, 1 judged")
     options = parser.parse_args()
@@ -69,8 +75,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        model = trained(cohort, folder / "run", options.steps, options.encoder)
+        model = options.run or folder / "run"
+        if not model.is_dir():
+            train(cohort, model, options.steps, options.encoder)
         training_s = time.perf_counter() - started
+        real = real_lobes(model)
+        say(json.dumps(real))
         for seed in range(FIRST_SEED, FIRST_SEED + options.phantoms):
             phantom = make_phantom(PhantomConfig(preset="ards", seed=seed, spacing_mm=options.spacing_mm))
             for masks in MASKS:
@@ -80,6 +90,7 @@ def main() -> None:
     result = {
         "benchmark": "recruitment",
         "summary": held,
+        "lidc_idri_0001": real,
         "smallest_real_difference_percent": RECRUITMENT["machine"].value,
         "training": {"cohort": cohort.name(), "steps": options.steps, "seconds": round(training_s), "overrides": RECIPE}
         | {"encoder": options.encoder is not None},
@@ -97,17 +108,35 @@ def main() -> None:
         "model_beats_air": held["model"][error] < held["air"][error],
     }
     ratios = {"model_vs_air": round(held["air"][error] / held["model"][error], 2)}
-    print(json.dumps({"benchmark": "recruitment", "ratios": ratios, "checks": checks, "summary": held}))
+    print(json.dumps({"benchmark": "recruitment", "ratios": ratios, "checks": checks, "summary": held, "real": real}))
 
 
-def trained(cohort: CohortConfig, run: Path, steps: int, encoder: Path | None) -> Path:
-    """A lobe model's run."""
+def train(cohort: CohortConfig, run: Path, steps: int, encoder: Path | None) -> None:
+    """Make a lobe model's run."""
     every = [f"train.{name}={steps}" for name in ("steps", "eval_every", "checkpoint_every")]
     recipe = load_recipe("finetune/segment", [*RECIPE, *every])
     weights = None if encoder is None else encoder_file(encoder)
     data = builtin_cohort(cohort, say=say)
     finetune_segment(recipe, data=data, out=run, encoder=weights, labels=Labels(), judged=("val",))
-    return run
+
+
+def real_lobes(model: Path) -> dict[str, dict[str, float]]:
+    """Dice, NSD and HD95 of each lobe, and of all of them taken for one, on the LIDC scan; {} without it."""
+    if not LIDC.is_dir():
+        return {}
+    volume, drawn = read_volume(LIDC / "ct.nii.gz"), read_labels(LIDC / "mask_totalsegmentator.nii.gz")
+    truth = np.zeros_like(drawn.labels)
+    for theirs, ours in LOBE_CODES["totalsegmentator"].items():
+        truth[drawn.labels == theirs] = ours
+    found = segment_with_model(volume, model)
+    spacing_mm = volume.geometry.spacing_mm
+    scores = segmentation_scores(found.mask.labels, truth, spacing_mm=spacing_mm, labels=found.names)
+    whole = (np.minimum(labels, 1) for labels in (found.mask.labels, truth))
+    scores += segmentation_scores(*whole, spacing_mm=spacing_mm, labels={1: "lungs"}, tolerance_mm=LUNG_TOLERANCE_MM)
+    return {
+        one.name: {"dice": round(one.dice, 3), "nsd": round(one.nsd, 3), "hd95_mm": round(one.hd95_mm, 1)}
+        for one in scores
+    }
 
 
 def judged(phantom: Phantom, masks: str, folder: Path, model: Path, preset: str) -> dict[str, Any]:
