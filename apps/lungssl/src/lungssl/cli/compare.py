@@ -49,6 +49,8 @@ def compare(
         raise ConfigError("--shards and --job are of jobs: add --launcher local or slurm, or take --shard i/n here")
     if launcher != "here" and shard is not None:
         raise ConfigError(f"--shard {shard} is one part, and --launcher {launcher} starts all: leave one of them out")
+    if shards < 1:
+        raise ConfigError(f"--shards {shards}: expected 1 or more, as many as jobs may run at once")
     loaded = load_plan(plan, overrides or [])
 
     def say(line: str) -> None:
@@ -69,7 +71,7 @@ def compare(
         return
     if launcher != "here":
         from lungssl.comparison.plan import as_text
-        from lungssl.comparison.submitting import job_parameters, submit
+        from lungssl.submitting import job_parameters, submit
 
         runs.check_folder(out)
         print(runs.describe(loaded, data, device=device))
@@ -81,7 +83,8 @@ def compare(
         arguments = ["compare", str(given), "--out", str(out.resolve()), "--data", str(data.resolve())]
         arguments += ["--device", device] + ([] if shift_data is None else ["--shift-data", str(shift_data.resolve())])
         parameters = job_parameters(job or [])
-        jobs = submit(arguments, shards=shards, cluster=launcher, folder=jobs_folder, parameters=parameters)
+        commands = [[*arguments, "--shard", f"{i}/{shards}"] for i in range(1, shards + 1)]
+        jobs = submit(commands, cluster=launcher, folder=jobs_folder, name="lungssl-compare", parameters=parameters)
         print(f"{len(jobs)} jobs: {', '.join(one.job_id for one in jobs)}; their output is in {jobs_folder}")
         print("when they are done, the same command without --launcher writes the report")
         return

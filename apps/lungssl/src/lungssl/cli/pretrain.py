@@ -1,7 +1,7 @@
 """`lungssl pretrain`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,10 +26,26 @@ def pretrain(
         int, typer.Option(min=0, help="Steps to run under torch's profiler: RUN/profile says where their time went.")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    launcher: Annotated[
+        Literal["here", "local", "slurm"],
+        typer.Option(help="Where to train: in this process, as a job in the background, or on SLURM."),
+    ] = "here",
+    job: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of submitit, e.g. slurm_partition=gpu.")
+    ] = None,
+    show_script: Annotated[
+        bool,
+        typer.Option("--print", help="Print SLURM's script with the command that submitit wraps."),
+    ] = False,
 ) -> None:
     """Pretrain an encoder without labels.
 
+    A job that is preempted or out of time ends its step, writes a checkpoint, is queued again and goes on.
+
     Example: lungssl pretrain dino_vit_nano --out runs/a train.steps=200
+
+    Example: lungssl pretrain dino_vit_s --data CACHE --out runs/a --launcher slurm --job tasks_per_node=4
+    --job gpus_per_node=4 --job timeout_min=480
     """
     from lungssl.config import load_recipe
     from lungssl.errors import ConfigError
@@ -38,6 +54,12 @@ def pretrain(
         raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one")
+    if launcher == "here" and (job or show_script):
+        raise ConfigError("--job and --print are of jobs: add --launcher local or slurm")
+    if launcher != "here" and (out is None or dry_run or replay is not None):
+        raise ConfigError(f"--launcher {launcher} is for runs with --out: leave --dry-run and --replay out")
+    if show_script and launcher != "slurm":
+        raise ConfigError(f"--print shows SLURM's script; --launcher {launcher} has none")
     resolved = load_recipe(recipe, overrides or [])
 
     from lungssl import pretraining
@@ -51,6 +73,20 @@ def pretrain(
         if launched() > 1:
             raise ConfigError("--data is missing: make the built-in cohort with one process first, then name its cache")
         data = builtin_cohort(say=lambda line: print(line, file=sys.stderr))
+    if launcher != "here" and out is not None:
+        from lungssl.submitting import job_parameters, script, submit
+
+        given = Path(recipe).resolve() if Path(recipe).is_file() else recipe
+        command = ["pretrain", str(given), *(overrides or []), "--data", str(data.resolve())]
+        command += ["--out", str(out.resolve()), "--device", device] + (["--profile", str(profile)] if profile else [])
+        command += [f"--{name}" for name, wanted in (("resume", resume), ("overwrite", overwrite)) if wanted]
+        folder, parameters = out.resolve().with_name(f"{out.name}-jobs"), job_parameters(job or [])
+        if show_script:
+            print(script(command, folder=folder, name=f"lungssl-{out.name}", parameters=parameters))
+            return
+        (one,) = submit([command], cluster=launcher, folder=folder, name=f"lungssl-{out.name}", parameters=parameters)
+        print(f"job {one.job_id}; what it says is in {folder}, and `lungssl watch {out}` follows it")
+        return
     if replay is not None:
         from lungssl import replaying
 

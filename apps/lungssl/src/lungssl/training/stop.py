@@ -4,7 +4,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class StopRequest:
@@ -12,6 +12,9 @@ class StopRequest:
 
     A second Ctrl-C interrupts at once. Off the main thread only the file works: Python delivers signals there alone.
     """
+
+    obeyed: ClassVar[signal.Signals | None] = None
+    """The last signal that any request of this process took, for whoever started the run."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -38,4 +41,4 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.signal = StopRequest.obeyed = signal.Signals(number)

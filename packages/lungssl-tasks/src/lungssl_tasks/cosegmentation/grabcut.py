@@ -133,17 +133,21 @@ def cut_out(
 def mixture(
     values: Float[ndarray, " n"], components: int
 ) -> tuple[Float[ndarray, " k"], Float[ndarray, " k"], Float[ndarray, " k"]]:
-    """Weights, means and standard deviations of Gaussians by EM from the values' quantiles; no more than values."""
-    k = min(components, len(np.unique(values)))
+    """Weights, means and standard deviations of Gaussians by EM from the values' quantiles; no more than values.
+
+    HU are whole numbers, of which many are alike: each is looked at once, and counts as often as it is there.
+    """
+    distinct, number = np.unique(values, return_counts=True)
+    k = min(components, len(distinct))
     means = np.quantile(values, (np.arange(k) + 0.5) / k)
     sds, weights = np.full(k, max(float(values.std()), LEAST_SD_HU)), np.full(k, 1 / k)
     for _ in range(EM_ROUNDS):
-        each = _log_each(values, weights, means, sds)
-        share = np.exp(each - np.logaddexp.reduce(each, axis=1, keepdims=True))
+        each = _log_each(distinct, weights, means, sds)
+        share = np.exp(each - np.logaddexp.reduce(each, axis=1, keepdims=True)) * number[:, None]
         total = share.sum(axis=0) + 1e-9
         weights = total / total.sum()
-        means = (share * values[:, None]).sum(axis=0) / total
-        spread = (share * (values[:, None] - means) ** 2).sum(axis=0) / total
+        means = (share * distinct[:, None]).sum(axis=0) / total
+        spread = (share * (distinct[:, None] - means) ** 2).sum(axis=0) / total
         sds = np.sqrt(np.maximum(spread, LEAST_SD_HU**2))
     return weights, means, sds
 
@@ -152,7 +156,8 @@ def log_density(
     values: Float[ndarray, " n"], weights: Float[ndarray, " k"], means: Float[ndarray, " k"], sds: Float[ndarray, " k"]
 ) -> Float[ndarray, " n"]:
     """Logarithm of a mixture's density, per HU."""
-    return np.logaddexp.reduce(_log_each(values, weights, means, sds), axis=1)
+    distinct, where = np.unique(values, return_inverse=True)
+    return np.logaddexp.reduce(_log_each(distinct, weights, means, sds), axis=1)[where]
 
 
 def _log_each(values: ndarray, weights: ndarray, means: ndarray, sds: ndarray) -> Float[ndarray, "n k"]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int16, UInt8
 from lungssl_data.cache import PairCache
 from lungssl_data.pair import AIR_HU, PhasePair, PhaseScan
 from lungssl_data.volume import Geometry
@@ -28,6 +28,8 @@ Supervision = Literal["diameters", "masks"]
 OTHERS = 1.3
 """Within so much of another lesion's box a crop's label is unknown: it is a lesion, but not this one."""
 PHASES = ("exhale", "inhale")
+MOST_BYTES = 2**31
+"""Of crops kept in memory: some 250 lesions in crops of 96 voxels, or 5,000 in crops of 32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +86,8 @@ class LesionPairs:
         self.labelled: frozenset[str] = frozenset()
         self.matches: list[tuple[str, int | None, int | None]] = []
         self._lesions: dict[str, dict[str, list[Lesion]]] = {}
+        self._crops: dict[int, dict[str, Crop]] = {}
+        self._crop_bytes = 0
         self._pseudo: dict[tuple[str, str, int], tuple[Bool[ndarray, "z y x"], tuple[int, int, int]]] = {}
         for patient in patients:
             pair = cache[patient]
@@ -114,28 +118,41 @@ class LesionPairs:
         random = np.random.default_rng([self.seed, index, 1])
         shift = random.integers(-self.shift_vox, self.shift_vox + 1, 3)
         axes = tuple(axis for axis in range(3) if self.flips and random.random() < 0.5)
-        patient, *chosen = self.matches[order[place]]
+        patient = self.matches[order[place]][0]
+        # z y x: where the sample begins in a crop that has room for every shift
+        cut = tuple(slice(start, start + self.side_vox) for start in (self.shift_vox + shift).tolist())
+        held: dict[str, Tensor | None] = {}
+        for phase, crop in self.crops(int(order[place])).items():
+            for name, values in (("hu", crop.hu), ("labels", crop.labels), ("truth", crop.truth)):
+                value = None if values is None else torch.from_numpy(np.flip(values[cut], axes).copy())[None]
+                held[f"{phase}_{name}"] = value[None].float() if value is not None and name == "hu" else value
+        return LesionPair(patient=patient, **held)  # pyright: ignore[reportArgumentType]
+
+    def crops(self, match: int) -> dict[str, "Crop"]:
+        """Of both phases, `shift_vox` larger on every side than samples; kept, up to MOST_BYTES of all."""
+        if match in self._crops:
+            return self._crops[match]
+        patient, *chosen = self.matches[match]
         pair = self.cache[patient]
         centres = centres_mm(pair, self._lesions[patient], (chosen[0], chosen[1]))
-        held: dict[str, Tensor] = {}
-        truths: dict[str, Tensor | None] = {}
+        made = {}
         for phase, which in zip(PHASES, chosen, strict=True):
             scan = pair.scan("exhale" if phase == "exhale" else "inhale")
             lesions = self._lesions[patient][phase]
-            box = Box.around(scan, centres[phase], shift, self.side_vox)
-            hu = box.cut(scan.ct_hu.astype(np.float32), float(AIR_HU))
-            labels = self._labels(patient, phase, scan, lesions, which, box)
-            held[f"{phase}_hu"] = torch.from_numpy(np.flip(hu, axes).copy())[None, None]
-            held[f"{phase}_labels"] = torch.from_numpy(np.flip(labels, axes).copy())[None]
-            truths[phase] = None
+            box = Box.around(scan, centres[phase], self.side_vox, self.shift_vox)
+            truth = None
             if all(lesion.mask is not None for lesion in lesions):
-                truth = box.cut(scan.valid, 0)
-                truth = np.where(truth > 0, np.uint8(0), np.uint8(IGNORE_LABEL))
+                truth = np.where(box.cut(scan.valid, 0) > 0, np.uint8(0), np.uint8(IGNORE_LABEL))
                 for k, lesion in enumerate(lesions):
                     assert lesion.mask is not None
                     truth[box.cut(lesion.mask, False)] = 1 if k == which else IGNORE_LABEL
-                truths[phase] = torch.from_numpy(np.flip(truth, axes).copy())[None]
-        return LesionPair(patient=patient, **held, exhale_truth=truths["exhale"], inhale_truth=truths["inhale"])
+            labels = self._labels(patient, phase, scan, lesions, which, box)
+            made[phase] = Crop(hu=box.cut(scan.ct_hu, int(AIR_HU)), labels=labels, truth=truth)
+        size = sum(one.nbytes() for one in made.values())
+        if self._crop_bytes + size <= MOST_BYTES:
+            self._crops[match] = made
+            self._crop_bytes += size
+        return made
 
     def _labels(
         self, patient: str, phase: str, scan: PhaseScan, lesions: list[Lesion], which: int | None, box: "Box"
@@ -184,6 +201,20 @@ class LesionPairs:
         return self._lesions[patient][phase][which]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Crop:
+    """What samples of one phase of a lesion are cut from."""
+
+    hu: Int16[ndarray, "z y x"]
+    labels: UInt8[ndarray, "z y x"]
+    """As in `LesionPair`."""
+    truth: UInt8[ndarray, "z y x"] | None
+
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        return self.hu.nbytes + self.labels.nbytes + (0 if self.truth is None else self.truth.nbytes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Box:
     """A cube of voxels in a scan, perhaps beyond its border."""
@@ -193,10 +224,10 @@ class Box:
     side: int
 
     @staticmethod
-    def around(scan: PhaseScan, centre_mm: Float[ndarray, "3"], shift: ndarray, side: int) -> "Box":
-        """With a point in the middle, moved by `shift` (z, y, x) voxels."""
-        z, y, x = (index_of(scan, centre_mm) + shift - side // 2).tolist()
-        return Box(low=(z, y, x), side=side)
+    def around(scan: PhaseScan, centre_mm: Float[ndarray, "3"], side: int, margin: int) -> "Box":
+        """With a point in the middle, `margin` voxels larger than `side` on every side."""
+        z, y, x = (index_of(scan, centre_mm) - side // 2 - margin).tolist()
+        return Box(low=(z, y, x), side=side + 2 * margin)
 
     def geometry(self, scan: PhaseScan) -> Geometry:
         """Its grid in LPS mm."""
