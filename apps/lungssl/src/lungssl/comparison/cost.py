@@ -99,6 +99,10 @@ def check_fair(costs: Mapping[str, Cost], equalise: Equalised) -> None:
             steps = round(costs[first].steps * b / a) if name != "samples" else None
             way = f"arms.{first}.overrides train.steps={steps}" if steps else "the same train.batch in both"
             raise ConfigError(
-                f"unfair: {first} has {a:,} {name} and {second} {b:,} ({a / b - 1:+.1%}), and the plan equalises "
-                f"{equalise} to within {TOLERANCE:.0%}; set {way}, or let the plan equalise something else"
+                f"unfair: {first} has {_said(a, name)} and {second} {_said(b, name)} ({a / b - 1:+.1%}), and the plan "
+                f"equalises {equalise} to within {TOLERANCE:.0%}; set {way}, or let the plan equalise something else"
             )
+
+
+def _said(value: int, name: str) -> str:
+    return f"{value / 1e12:.4g} TFLOP" if name == "flops" else f"{value:,} {name}"

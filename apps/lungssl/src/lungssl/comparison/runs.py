@@ -183,7 +183,12 @@ def describe(plan: Plan, data: Path, *, device: str = "auto") -> str:
             f"{arm:<{width}} {plan.arms[arm].isolates}: {one.patients} patients, {one.scans} scans, "
             f"{one.steps:,} steps, {one.samples:,} samples, {one.flops / 1e12:.2f} TFLOP"
         )
-    return "\n".join([*lines, f"fair: no two arms differ in {plan.equalise} by more than {cost.TOLERANCE:.0%}"])
+    by = "steps or samples a run" if plan.equalise == "steps" else plan.equalise
+    lines.append(f"fair: no two pretrained arms differ in {by} by more than {cost.TOLERANCE:.0%}")
+    scans = {arm: one.scans for arm, one in costs.items() if one.steps}
+    if len(set(scans.values())) > 1:
+        lines.append(f"scans aren't equal: {', '.join(f'{arm} {number}' for arm, number in scans.items())}")
+    return "\n".join(lines)
 
 
 def fair_costs(
