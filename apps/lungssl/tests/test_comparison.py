@@ -177,7 +177,9 @@ def test_a_changed_plan_touches_only_what_the_change_decides(tmp_path: Path) -> 
 
 def test_an_unfair_plan_is_refused_with_the_figure(data: Path, tmp_path: Path) -> None:
     plan = load_plan(str(write_plan(tmp_path / "p.yaml")), ["arms.A4.overrides=[method.pairs=cross,train.steps=4]"])
-    with pytest.raises(ConfigError, match=r"unfair: A4 has 4 steps and A1 3 steps \(\+33.3%\).*set arms.A4.* train.steps=3"):
+    with pytest.raises(
+        ConfigError, match=r"unfair: A4 has 4 steps and A1 3 steps \(\+33.3%\).*set arms.A4.* train.steps=3"
+    ):
         carry_out(plan, data=data, out=tmp_path / "out", say=quiet)
     assert not (tmp_path / "out").exists()
     larger = load_plan(

@@ -24,13 +24,13 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cohort")
     splits: tuple[tuple[int, Split], ...] = ((1, "train"), (2, "val"))
     for seed, split in splits:
-        phantom = make_phantom(PhantomConfig(seed=seed, spacing_mm=8.0, trees=False, pathology=("consolidation",)))
-        write_pair(pair_from_phantom(phantom, f"p{seed}", split, lesions=True), folder)
+        phantom = make_phantom(PhantomConfig(seed=seed, spacing_mm=8.0, pathology=("consolidation",)))
+        write_pair(pair_from_phantom(phantom, f"p{seed}", split, lesions=True, vessels=True), folder)
     write_volume(folder / "ct.nii.gz", phantom.exhale.ct)
     return folder
 
 
-@pytest.mark.parametrize("labels", ["lung", "lesion"])
+@pytest.mark.parametrize("labels", ["lung", "lesion", "vessels"])
 def test_a_label_set_is_learned_scored_and_segmented(
     labels: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,7 +45,7 @@ def test_a_label_set_is_learned_scored_and_segmented(
     assert held["patients"] == 1 and held["scans"] == 2 and set(names) < set(held)
     table = (scores / "table.txt").read_text().splitlines()
     assert len({len(line) for line in table[1:]}) == 1 and names[0] in table[3]
-    assert f"NSD {1 if labels == 'lung' else 3} mm" in table[1]
+    assert f"NSD {3 if labels == 'lesion' else 1} mm" in table[1]
     report = tmp_path / "ct.json"
     files = [str(cohort / "ct.nii.gz"), "-o", str(tmp_path / "mask.nii.gz"), "--report", str(report)]
     assert main(["segment", *files, "--model", str(run)]) == 0
@@ -55,6 +55,9 @@ def test_a_label_set_is_learned_scored_and_segmented(
 def test_label_sets_that_no_cache_has_are_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["finetune", "segment", "--data", str(cohort), "--dry-run", "data.labels=lesions"]
     assert main(command) == 2
-    assert "data.labels: 'lesions' is not one of lobes, lung, lesion; did you mean 'lesion'?" in capsys.readouterr().err
+    assert (
+        "data.labels: 'lesions' is not one of lobes, lung, vessels, lesion; did you mean 'lesion'?"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ConfigError, match="the model labels liver, which no cache holds"):
         labels_named({1: "liver"})

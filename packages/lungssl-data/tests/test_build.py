@@ -494,11 +494,14 @@ def test_masks_of_other_conventions_are_recoded_and_sides_found(tmp_path: Path, 
             lung_codes=codes,
             lesion=tmp_path / "lesion.nii.gz",
             lesion_codes="any",
+            vessels=tmp_path / "lesion.nii.gz",
+            vessel_codes="vessels",
         )
         source = PairSource(patient="p1", scans={"inhale": scan})
         prepared = pair_from_source(source, config=CONFIG, split="train").scan("inhale")
         lungs.append(prepared.lung)
         assert prepared.lesion is not None and set(np.unique(prepared.lesion)) == {0, 3}
+        assert prepared.vessels is not None and set(np.unique(prepared.vessels)) == {0, 4}
         assert -705 < prepared.ct_hu[prepared.lung > 0].mean() < -600
     np.testing.assert_array_equal(lungs[0], lungs[1])
     assert set(np.unique(lungs[0])) == {0, 1, 2}

@@ -30,7 +30,11 @@ def test_a_written_pair_reads_back_equal(tmp_path: Path, make_pair: MakePair, co
     pair = replace(
         pair,
         displacement=field,
-        exhale=replace(pair.exhale, lesion=(pair.exhale.lung > 1).astype(np.uint8)),
+        exhale=replace(
+            pair.exhale,
+            lesion=(pair.exhale.lung > 1).astype(np.uint8),
+            vessels=3 * (pair.exhale.lung > 0).astype(np.uint8),
+        ),
         landmarks={"expert": Landmarks(exhale_mm=points[0], inhale_mm=points[1])},
         person="someone",
     )
@@ -45,7 +49,8 @@ def test_a_written_pair_reads_back_equal(tmp_path: Path, make_pair: MakePair, co
     np.testing.assert_array_equal(back.displacement.u_mm, u)
     np.testing.assert_array_equal(back.exhale_to_inhale, pair.exhale_to_inhale)
     np.testing.assert_array_equal(back.scan("exhale").lesion, pair.scan("exhale").lesion)
-    assert back.scan("inhale").lesion is None
+    np.testing.assert_array_equal(back.scan("exhale").vessels, pair.scan("exhale").vessels)
+    assert back.scan("inhale").lesion is None and back.scan("inhale").vessels is None
     assert (back.split, back.key, back.person) == ("train", "key-p01", "someone")
     assert dict(PairCache(tmp_path).verify()) == {"p01": []}
 

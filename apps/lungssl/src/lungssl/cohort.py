@@ -100,11 +100,18 @@ def make_cohort(config: CohortConfig, folder: Path) -> Iterator[str]:
 
 
 def pair_from_phantom(
-    phantom: Any, patient: str, split: Split, *, key: str = "", margin_mm: float = 20.0, lesions: bool = False
+    phantom: Any,
+    patient: str,
+    split: Split,
+    *,
+    key: str = "",
+    margin_mm: float = 20.0,
+    lesions: bool = False,
+    vessels: bool = False,
 ) -> PhasePair:
     """A phantom as the cache holds a patient: cut to its lungs, its exact displacement kept.
 
-    `lesions`: with masks of ground glass and consolidation.
+    `lesions`: with masks of ground glass and consolidation; `vessels`: of airways, arteries and veins.
 
     `phantom` is a `lungssl_data.phantom.Phantom`, whose grids are axis-aligned already.
     """
@@ -132,6 +139,7 @@ def pair_from_phantom(
             lobes=np.ascontiguousarray(source.lobes[box]),
             # 4 and 5, collapse and emphysema, are no codes of the cache
             lesion=np.where(source.lesion[box] <= 2, source.lesion[box], np.uint8(0)) if lesions else None,
+            vessels=np.ascontiguousarray(source.tree[box]) if vessels else None,
             spacing_mm=geometry.spacing_mm,
             origin_mm=(x, y, z),
             source_sha256=voxels_sha256(source.ct),

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lungssl_tasks.aeration.parts import LOBE_NAMES
-from lungssl_tasks.metrics import LESION_TOLERANCE_MM, LOBE_TOLERANCE_MM, LUNG_TOLERANCE_MM
+from lungssl_tasks.metrics import LESION_TOLERANCE_MM, LOBE_TOLERANCE_MM, LUNG_TOLERANCE_MM, VESSEL_TOLERANCE_MM
 
 from lungssl.errors import ConfigError, did_you_mean
 
 LUNG_NAMES = {1: "right lung", 2: "left lung"}
 LESION_NAMES = {1: "ground glass", 2: "consolidation", 3: "lesion"}
 """3 is of unnamed type (`domain.md` C9)."""
+VESSEL_NAMES = {1: "airway", 2: "artery", 3: "vein", 4: "vessel"}
+"""4 is of unnamed kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Structures:
 STRUCTURES: Mapping[str, Structures] = {
     "lobes": Structures(names=LOBE_NAMES, tolerance_mm=LOBE_TOLERANCE_MM, by_place=True),
     "lung": Structures(names=LUNG_NAMES, tolerance_mm=LUNG_TOLERANCE_MM, by_place=True),
+    "vessels": Structures(names=VESSEL_NAMES, tolerance_mm=VESSEL_TOLERANCE_MM, by_place=False),
     "lesion": Structures(names=LESION_NAMES, tolerance_mm=LESION_TOLERANCE_MM, by_place=False),
 }
 """By `data.labels`, a data set of the cache."""

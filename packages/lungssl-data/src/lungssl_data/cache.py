@@ -8,6 +8,7 @@
       /exhale/lung         uint8 [z, y, x]  1 right lung, 2 left lung
       /exhale/lobes        uint8 [z, y, x]  1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL; optional
       /exhale/lesion       uint8 [z, y, x]  1 ground glass, 2 consolidation, 3 lesion of unnamed type; optional
+      /exhale/vessels      uint8 [z, y, x]  1 airway, 2 artery, 3 vein, 4 vessel of unnamed kind; optional
       /exhale/lung_points_vox  uint16 [n, 3]  random lung voxels as (z, y, x), from which crops are centred
       /inhale/...                the same on its own grid; either phase may be absent
       /exhale_to_inhale          attrs: affine (3, 4), exhale LPS mm to inhale LPS mm, and where it is from
@@ -262,6 +263,7 @@ class PairCache:
             lung=whole("lung"),
             lobes=whole("lobes") if "lobes" in known.datasets else None,
             lesion=whole("lesion") if "lesion" in known.datasets else None,
+            vessels=whole("vessels") if "vessels" in known.datasets else None,
             spacing_mm=known.spacing_mm,
             origin_mm=known.origin_mm,
             source_sha256=known.source_sha256,

@@ -25,7 +25,7 @@ from lungssl_data.direct_chunks import (
 from lungssl_data.pair import Displacement, LandmarkKind, Landmarks, PhasePair
 
 Compression = Literal["lz4", "gzip"]
-MASKS = ("valid", "lung", "lobes", "lesion")
+MASKS = ("valid", "lung", "lobes", "lesion", "vessels")
 
 
 def lung_points_vox(lung: UInt8[ndarray, "z y x"], *, count: int = 4096) -> UInt16[ndarray, "n 3"]:

@@ -38,6 +38,8 @@ class PhaseScan:
     lobes: UInt8[ndarray, "z y x"] | None = None
     lesion: UInt8[ndarray, "z y x"] | None = None
     """Lesion types in the codes of `layouts.source.LESION_CODES`."""
+    vessels: UInt8[ndarray, "z y x"] | None = None
+    """Airways and vessels in the codes of `layouts.source.VESSEL_CODES`."""
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float]
     source_sha256: str = ""

@@ -41,14 +41,16 @@ def prepare_scan(
     lung: LabelMap | None = None,
     lobes: LabelMap | None = None,
     lesion: LabelMap | None = None,
+    vessels: LabelMap | None = None,
     source_sha256: str = "",
     threads: int | None = None,
 ) -> PhaseScan:
     """Resample, mask and crop one phase.
 
-    `lung` (1 right, 2 left, 3 where the side is to be found) replaces the training-free mask; `lobes` and `lesion` have
-    the cache's codes. Each may lie on any grid. Raises LungMaskError where no plausible lung is found, or the given
-    mask has other codes or is absurdly large. `threads` is for resampling, by default the processor's cores.
+    `lung` (1 right, 2 left, 3 where the side is to be found) replaces the training-free mask; `lobes`, `lesion` and
+    `vessels` have the cache's codes. Each may lie on any grid. Raises LungMaskError where no plausible lung is found,
+    or the given mask has other codes or is absurdly large. `threads` is for resampling, by default the processor's
+    cores.
     """
     if lung is None:
         lung = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
@@ -67,6 +69,7 @@ def prepare_scan(
         lung=resample_labels(lung, target),
         lobes=resample_labels(lobes, target) if lobes is not None else None,
         lesion=resample_labels(lesion, target) if lesion is not None else None,
+        vessels=resample_labels(vessels, target) if vessels is not None else None,
         spacing_mm=target.spacing_mm,
         origin_mm=target.origin_mm,
         source_sha256=source_sha256,

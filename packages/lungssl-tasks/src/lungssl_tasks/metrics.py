@@ -20,6 +20,8 @@ LUNG_TOLERANCE_MM = 1.0
 """NSD tolerance of the lung in the COVID-19-CT-Seg-Benchmark (Ma et al. 2021, doi:10.1002/mp.14676)."""
 LESION_TOLERANCE_MM = 3.0
 """NSD tolerance of lesions in the same benchmark."""
+VESSEL_TOLERANCE_MM = 1.0
+"""NSD tolerance of airways and vessels: ours."""
 LOBE_TOLERANCE_MM = 2.0
 """NSD tolerance of lobes: ours, there is no standard; fissures are drawn less exactly than the lung's edge."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lungssl_data.layouts.source import PHASE_ALIASES, PairSource
+from lungssl_data.layouts.source import MASKS, PHASE_ALIASES, PairSource
 from lungssl_data.pair import CacheError
 from lungssl_data.readers import VolumeError
 
@@ -49,7 +49,7 @@ def _roles(source: PairSource) -> dict[str, str]:
                 roles.setdefault(text, name)
 
     for phase, scan in source.scans.items():
-        for role in ("image", "lung", "lobes", "lesion"):
+        for role in ("image", *MASKS):
             path: Path | None = getattr(scan, role)
             if path is not None:
                 add(path, f"{phase} {role}")

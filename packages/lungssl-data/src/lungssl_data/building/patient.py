@@ -20,7 +20,15 @@ from lungssl_data.cache import write_pair
 from lungssl_data.cache_index import FORMAT_VERSION
 from lungssl_data.field import read_field
 from lungssl_data.fit_checks import check_fit
-from lungssl_data.layouts.source import LESION_CODES, LOBE_CODES, LUNG_CODES, PairSource, ScanSource, read_image
+from lungssl_data.layouts.source import (
+    LESION_CODES,
+    LOBE_CODES,
+    LUNG_CODES,
+    VESSEL_CODES,
+    PairSource,
+    ScanSource,
+    read_image,
+)
 from lungssl_data.lung_mask import LUNG_MASK_VERSION
 from lungssl_data.pair import CacheError, Displacement, LandmarkKind, Landmarks, PhasePair, PhaseScan, Split
 from lungssl_data.prepare import PREPARE_VERSION, PrepareConfig, coarse_affine, prepare_scan
@@ -147,6 +155,7 @@ def patient_key(source: PairSource, recipe: Recipe) -> str:
         "scans": {
             phase: {role: sha256(files) for role, files in scan.files().items()}
             | {"codes": [scan.lung_codes, scan.lobe_codes, scan.lesion_codes], "offset_hu": scan.offset_hu}
+            | ({"vessel_codes": scan.vessel_codes} if scan.vessels else {})  # keys of others stay as they were
             | {"raw": asdict(scan.raw) if scan.raw else None}
             for phase, scan in source.scans.items()
         },
@@ -220,6 +229,7 @@ def _scan(phase: str, source: ScanSource, config: PrepareConfig, threads: int) -
         lung=labels("lung", source.lung, source.lung_codes, LUNG_CODES),
         lobes=labels("lobes", source.lobes, source.lobe_codes, LOBE_CODES),
         lesion=labels("lesion", source.lesion, source.lesion_codes, LESION_CODES),
+        vessels=labels("vessels", source.vessels, source.vessel_codes, VESSEL_CODES),
         source_sha256=voxels_sha256(volume),
         threads=threads,
     )
@@ -236,7 +246,7 @@ def _labels(path: Path, role: str, codes: str, known: Mapping[str, Mapping[int, 
         table[theirs] = ours
     recoded = table[labels.labels]
     if not recoded.any() and (role != "lesion" or labels.labels.any()):  # a scan may have no lesion
-        word = {"lobes": "lobe"}.get(role, role)
+        word = {"lobes": "lobe", "vessels": "vessel"}.get(role, role)
         raise CacheError(
             f"none of its labels is a {word} in the codes {codes!r}; "
             f"name the right ones in {word}_codes: {', '.join(known)}"
@@ -265,5 +275,5 @@ def _checked_landmarks(
 def _describe(scan: PhaseScan) -> str:
     z, y, x = scan.ct_hu.shape
     litres = np.count_nonzero(scan.lung) * scan.geometry().voxel_ml() / 1000
-    extra = "".join(f", {name}" for name in ("lobes", "lesion") if getattr(scan, name) is not None)
+    extra = "".join(f", {name}" for name in ("lobes", "lesion", "vessels") if getattr(scan, name) is not None)
     return f"{x}x{y}x{z}, lung {litres:.2f} l, gas {gas_ml(scan) / 1000:.2f} l{extra}"

@@ -1,20 +1,20 @@
 """BIDS-like: `sub-XX/[ses-YY/]ct/sub-XX[_ses-YY]_acq-{ee,ei}_ct.nii.gz`; CT is no official BIDS data type.
 
 Masks carry the derivatives' names, beside the scan or in a `derivatives/` tree:
-`sub-XX[_ses-YY]_acq-ee_desc-{lung,lobes,lesion}_dseg.nii.gz`. Each session is a patient of the cache; a subject's
-sessions are one person.
+`sub-XX[_ses-YY]_acq-ee_desc-{lung,lobes,lesion,vessels}_dseg.nii.gz`. Each session is a patient of the cache; a
+subject's sessions are one person.
 """
 
 from pathlib import Path
 
 from lungssl_data.layouts.files import dataset_name, found, has_name, nothing_found
-from lungssl_data.layouts.source import PairSource, ScanSource
+from lungssl_data.layouts.source import MASKS, PairSource, ScanSource
 from lungssl_data.pair import Phase
 
 ACQUISITIONS: dict[str, Phase] = {"ee": "exhale", "ei": "inhale"}
 SCAN = r"sub-([a-z0-9]+)(?:_ses-([a-z0-9]+))?_acq-(ee|ei)"
 IMAGE = rf"{SCAN}_ct\.nii(?:\.gz)?"
-LABELS = rf"{SCAN}_desc-(lung|lobes|lesion)_dseg\.nii(?:\.gz)?"
+LABELS = rf"{SCAN}_desc-({'|'.join(MASKS)})_dseg\.nii(?:\.gz)?"
 
 
 def recognises(root: Path) -> bool:
@@ -30,10 +30,8 @@ def read(root: Path) -> list[PairSource]:
     patients: dict[tuple[str, str], dict[Phase, ScanSource]] = {}
     for key, image in sorted(images.items()):
         subject, session, acquisition = key
-        masks = {role: labels.get((*key, role)) for role in ("lung", "lobes", "lesion")}
-        scan = ScanSource(
-            image=image, lung=masks["lung"], lobes=masks["lobes"], lesion=masks["lesion"], evidence="file name"
-        )
+        masks = {role: labels.get((*key, role)) for role in MASKS}
+        scan = ScanSource(image=image, **masks, evidence="file name")
         patients.setdefault((subject, session), {})[ACQUISITIONS[acquisition]] = scan
     orphans = set(key[:2] for key in labels) - set(patients)
     sources = [

@@ -1,4 +1,4 @@
-"""One folder per patient: `root/<patient>/exhale.nii.gz`, `inhale.nii.gz` and masks `exhale_{lung,lobes,lesion}...`.
+"""One folder per patient: `root/<patient>/exhale.nii.gz`, `inhale.nii.gz`, masks `exhale_{lung,lobes,lesion,vessels}`.
 
 Any volume format; a phase may also be a folder of DICOM slices. `exhale_to_inhale.nrrd` is a known displacement,
 `landmarks.csv` (experts', or exact) and `keypoints.csv` (a program's) have the columns `exhale_x_mm`, ...,
@@ -11,11 +11,10 @@ import os
 from pathlib import Path
 
 from lungssl_data.layouts.files import dataset_name, read_landmarks
-from lungssl_data.layouts.source import PHASE_ALIASES, PairSource, ScanSource, attempt
+from lungssl_data.layouts.source import MASKS, PHASE_ALIASES, PairSource, ScanSource, attempt
 from lungssl_data.pair import PATIENT_PATTERN, CacheError, LandmarkKind, Landmarks, Phase
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
-MASKS = ("lung", "lobes", "lesion")
 FIELD = "exhale_to_inhale"
 PHANTOM_TRUTH = "phantom.json"
 STEMS = {FIELD, *PHASE_ALIASES, *(f"{alias}_{mask}" for alias in PHASE_ALIASES for mask in MASKS)}
@@ -69,6 +68,7 @@ def _patient(folder: Path, place: str) -> list[PairSource]:
                 lung=files.get(f"{alias}_lung"),
                 lobes=files.get(f"{alias}_lobes"),
                 lesion=files.get(f"{alias}_lesion"),
+                vessels=files.get(f"{alias}_vessels"),
                 evidence="file name",
             )
     if not scans:
@@ -106,9 +106,10 @@ def _left_out(folder: Path, used: set[Path], *, paired: bool) -> tuple[str, ...]
     unknown = [p for p in rest if p.name not in points and (p.is_dir() or p.name.lower().endswith((*SUFFIXES, ".csv")))]
     notes = []
     if unknown:
+        masks = " or ".join(f"_{mask}" for mask in MASKS)
         notes.append(
             f"{len(unknown)} of its volumes, folders or tables were left out, their names are not the layout's: "
-            f"exhale, inhale, each with _lung, _lobes or _lesion, {FIELD}, {', '.join(sorted(points))}"
+            f"exhale, inhale, each with {masks}, {FIELD}, {', '.join(sorted(points))}"
         )
     if not paired and any(path.name in points for path in rest):
         notes.append("its landmarks were left out, as they need both phases")

@@ -1,13 +1,13 @@
 """A CSV with one line per scan, or the folder of a `manifest.csv`; paths are relative to the file.
 
-    patient_id,phase,image,lung,lung_codes,lobes,lobe_codes,lesion,lesion_codes,displacement,landmarks,split
-    p01,exhale,p01/ee.mha,p01/ee_mask.mha,,,,,,,,train
-    p01,inhale,p01/ei_dicom,,,,,,,,,
+    patient_id,phase,image,lung,lung_codes,lobes,lobe_codes,lesion,lesion_codes,vessels,vessel_codes,displacement,landmarks,split
+    p01,exhale,p01/ee.mha,p01/ee_mask.mha,,,,,,,,,,train
+    p01,inhale,p01/ei_dicom,,,,,,,,,,,
 
-Only the first three columns are needed. The `..._codes` name the labels' convention (keys of LUNG_CODES, LOBE_CODES and
-LESION_CODES). Of the whole patient, once or alike in both lines: `displacement`, an exhale-to-inhale field; `landmarks`
-(experts') and `keypoints` (a program's), tables as in the layout `folder`; `split`: train, val or test; `person`, equal
-for patients who are one person; `site` and `licence`, kept as the data set's name and terms.
+Only the first three columns are needed. The `..._codes` name the labels' convention (keys of LUNG_CODES, LOBE_CODES,
+LESION_CODES and VESSEL_CODES). Of the whole patient, once or alike in both lines: `displacement`, an exhale-to-inhale
+field; `landmarks` (experts') and `keypoints` (a program's), tables as in the layout `folder`; `split`: train, val or
+test; `person`, equal for patients who are one person; `site` and `licence`, kept as the data set's name and terms.
 """
 
 import csv
@@ -21,6 +21,8 @@ from lungssl_data.layouts.source import (
     LESION_CODES,
     LOBE_CODES,
     LUNG_CODES,
+    MASKS,
+    VESSEL_CODES,
     PairSource,
     ScanSource,
     attempt,
@@ -33,8 +35,7 @@ from lungssl_data.splits import FRACTIONS
 
 NAME = "manifest.csv"
 NEEDED = ("patient_id", "phase", "image")
-MASKS = ("lung", "lobes", "lesion")
-CODES = {"lung_codes": LUNG_CODES, "lobe_codes": LOBE_CODES, "lesion_codes": LESION_CODES}
+CODES = {"lung_codes": LUNG_CODES, "lobe_codes": LOBE_CODES, "lesion_codes": LESION_CODES, "vessel_codes": VESSEL_CODES}
 OF_PATIENT: tuple[str, ...] = ("displacement", "landmarks", "keypoints", "split", "person", "site", "licence")
 COLUMNS = (*NEEDED, *MASKS, *CODES, *OF_PATIENT)
 POINTS: dict[str, LandmarkKind] = {"landmarks": "expert", "keypoints": "automatic"}

@@ -52,6 +52,13 @@ LESION_CODES: dict[str, dict[int, int]] = {
 }
 """Other people's lesion labels to 1 ground glass, 2 consolidation, 3 lesion of unnamed type (`domain.md` C9)."""
 
+VESSEL_CODES: dict[str, dict[int, int]] = {
+    "lungssl": {1: 1, 2: 2, 3: 3, 4: 4},
+    "airways": {1: 1},
+    "vessels": {1: 4},
+}
+"""Other people's labels of airways and vessels to 1 airway, 2 artery, 3 vein, 4 vessel of unnamed kind."""
+
 
 class NamedError(CacheError):
     """An error that has to name files, as `problem` can't: that is for reports and holds no name."""
@@ -59,6 +66,10 @@ class NamedError(CacheError):
     def __init__(self, problem: str, *, names: str) -> None:
         super().__init__(f"{names} {problem}")
         self.problem = problem
+
+
+MASKS = ("lung", "lobes", "lesion", "vessels")
+"""Roles of label maps, fields of `ScanSource`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +93,15 @@ class ScanSource:
     lesion: Path | None = None
     lesion_codes: str = "lungssl"
     """A key of LESION_CODES."""
+    vessels: Path | None = None
+    vessel_codes: str = "lungssl"
+    """A key of VESSEL_CODES."""
     evidence: str = ""
     """What the phase was read from, e.g. `file name` or `nominal percentage`; never a header's text."""
 
     def files(self) -> dict[str, list[Path]]:
         """All files of each role, those included that a header points at."""
-        roles = {"lung": self.lung, "lobes": self.lobes, "lesion": self.lesion}
+        roles = {role: getattr(self, role) for role in MASKS}
         files = {role: files_of(path) for role, path in roles.items() if path is not None}
         if self.slices:
             return {"image": list(self.slices)} | files
@@ -131,7 +145,7 @@ class PairSource:
     def check_paths(self) -> None:
         """CacheError, with the role, for a path that is neither file nor folder: who opens a pipe waits for ever."""
         for phase, scan in self.scans.items():
-            for role in ("image", "lung", "lobes", "lesion"):
+            for role in ("image", *MASKS):
                 check_path(getattr(scan, role), f"{phase} {role}")
         check_path(self.displacement, "displacement")
 
