@@ -1,19 +1,20 @@
 """Recruitment by `lungssl analyze` on noisy phantoms of ARDS, from masks that we make: how far off the truth?
 
-Run: uv run python benchmarks/bench_recruitment.py [--phantoms 8] [--steps 600] [--encoder RUN] [--run DIR] [--quick]
+Run: uv run python benchmarks/bench_recruitment.py [--phantoms 8] [--steps 600] [--encoder RUN] [--runs DIR] [--quick]
 
-A lobe model is trained on the built-in kind of phantoms (53 of 4 mm, a third of them ventilated ARDS) and used on
-others of 2 mm that it has not seen, with noise, airways and vessels, all through files, as a user would:
+Lobe models are trained on phantoms of 4 mm and used on others of 2 mm, ventilated ARDS, that they have not seen, with
+noise, airways and vessels, all through files, as a user would:
 
     truth    the phantom's own lobes: what noise, vessels and voxels alone cost
-    model    lobes by the model
+    mixed    lobes by a model of the built-in kind of cohort, a third of them ARDS
+    ards     lobes by a model of ARDS alone
     air      lungs found by their air, taken for whole ones: the mistake that `analyze` refuses to make
 
 `net_recruited_percent` of lung mass against the noise-free truth, mean absolute error beside the smallest real
 difference that readers and machines reach (5.9 %, CREATIS 2023); recruited gas and tissue by place, which need the
-registration (`--preset`), too. The same model on a real scan (LIDC-IDRI 0001 in `../shared/data`, if there), whose
-lobes are TotalSegmentator's: what phantoms alone teach of people. `--run` keeps the model, or takes one that is there.
-Results in `results/recruitment.json`; the last line is one JSON object.
+registration (`--preset`), too. The same models on a real scan (LIDC-IDRI 0001 in `../shared/data`, if there),
+whose lobes are TotalSegmentator's: what phantoms alone teach of people. `--runs` keeps the models, or takes those that
+are there. Results in `results/recruitment.json`; the last line is one JSON object.
 """
 
 import argparse
@@ -54,7 +55,12 @@ TRUTH = {
     "eelv_ml": "exhale_gas_ml",
 }
 """Ours by the phantom's name."""
-MASKS = ("truth", "model", "air")
+COHORTS = {
+    "mixed": CohortConfig(patients=53, spacing_mm=4.0, texture_rho=1.0),
+    "ards": CohortConfig(patients=40, spacing_mm=4.0, texture_rho=1.0, seed=8000, preset="ards"),
+}
+"""What each model is trained on."""
+MASKS = ("truth", *COHORTS, "air")
 
 
 def main() -> None:
@@ -63,28 +69,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--spacing-mm", type=float, default=2.0)
     parser.add_argument("--encoder", type=Path, default=None, help="a pretraining run; random weights without it")
-    parser.add_argument("--run", type=Path, default=None, help="folder of the lobe model's run")
+    parser.add_argument("--runs", type=Path, default=None, help="folder of the lobe models' runs")
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--quick", action="store_true", help="12 phantoms of 6 mm, 4 steps, 1 judged")
     options = parser.parse_args()
-    cohort = CohortConfig(patients=53, spacing_mm=4.0, texture_rho=1.0)
+    cohorts = COHORTS
     if options.quick:
         options.phantoms, options.steps, options.spacing_mm = 1, 4, 6.0
-        cohort = CohortConfig(patients=12, spacing_mm=6.0)
+        cohorts = dict.fromkeys(COHORTS, CohortConfig(patients=12, spacing_mm=6.0))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        model = options.run or folder / "run"
-        if not model.is_dir():
-            train(cohort, model, options.steps, options.encoder)
+        models = {name: (options.runs or folder) / name for name in cohorts}
+        for kind, model in models.items():
+            if not model.is_dir():
+                train(cohorts[kind], model, options.steps, options.encoder)
         training_s = time.perf_counter() - started
-        real = real_lobes(model)
+        real = {kind: real_lobes(model) for kind, model in models.items()}
         say(json.dumps(real))
         for seed in range(FIRST_SEED, FIRST_SEED + options.phantoms):
             phantom = make_phantom(PhantomConfig(preset="ards", seed=seed, spacing_mm=options.spacing_mm))
             for masks in MASKS:
-                rows.append(judged(phantom, masks, folder, model, options.preset) | {"seed": seed})
+                rows.append(judged(phantom, masks, folder, models, options.preset) | {"seed": seed})
                 say(json.dumps(rows[-1]))
     held = {masks: summary([row for row in rows if row["masks"] == masks]) for masks in MASKS}
     result = {
@@ -92,8 +99,13 @@ def main() -> None:
         "summary": held,
         "lidc_idri_0001": real,
         "smallest_real_difference_percent": RECRUITMENT["machine"].value,
-        "training": {"cohort": cohort.name(), "steps": options.steps, "seconds": round(training_s), "overrides": RECIPE}
-        | {"encoder": options.encoder is not None},
+        "training": {
+            "cohorts": {kind: cohort.name() for kind, cohort in cohorts.items()},
+            "steps": options.steps,
+            "seconds": round(training_s),
+            "overrides": RECIPE,
+            "encoder": options.encoder is not None,
+        },
         "preset": options.preset,
         "spacing_mm": options.spacing_mm,
         "rows": rows,
@@ -104,10 +116,9 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     error = "net_recruited_percent_error"
     checks = {
-        "model_within_smallest_real_difference": held["model"][error] < RECRUITMENT["machine"].value,
-        "model_beats_air": held["model"][error] < held["air"][error],
+        f"{kind}_within_smallest_real_difference": held[kind][error] < RECRUITMENT["machine"].value for kind in models
     }
-    ratios = {"model_vs_air": round(held["air"][error] / held["model"][error], 2)}
+    ratios = {f"{kind}_vs_air": round(held["air"][error] / held[kind][error], 2) for kind in models}
     print(json.dumps({"benchmark": "recruitment", "ratios": ratios, "checks": checks, "summary": held, "real": real}))
 
 
@@ -139,9 +150,9 @@ def real_lobes(model: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def judged(phantom: Phantom, masks: str, folder: Path, model: Path, preset: str) -> dict[str, Any]:
+def judged(phantom: Phantom, masks: str, folder: Path, models: dict[str, Path], preset: str) -> dict[str, Any]:
     """What `analyze` says with such masks, beside the truth."""
-    given: dict[str, Any] = {"model": model} if masks == "model" else {}
+    given: dict[str, Any] = {"model": models[masks]} if masks in models else {}
     for phase in ("exhale", "inhale"):
         source = getattr(phantom, phase)
         write_volume(folder / f"{phase}.nii.gz", source.ct)

@@ -26,6 +26,8 @@ class CohortConfig:
     """First phantom's seed."""
     motion: Literal["charts", "ffd"] = "charts"
     """Family of the lungs' inner motion: `ffd`, a B-spline warp without gravity, is held out for tests of shift."""
+    preset: Literal["deep", "ards"] | None = None
+    """How all of them breathe; None: see `preset_of`."""
     pathology: tuple[Literal["ground_glass", "consolidation", "emphysema", "covid", "effusion"], ...] | None = None
     """Lesions that every patient has, with masks of ground glass and consolidation in the cache; None as presets draw
     them, without masks."""
@@ -83,7 +85,7 @@ def make_cohort(config: CohortConfig, folder: Path) -> Iterator[str]:
     for index, name in enumerate(names):
         if (folder / f"{name}.h5").exists():
             continue
-        preset = preset_of(config.seed + index)
+        preset = config.preset or preset_of(config.seed + index)
         phantom_config = PhantomConfig(
             preset=preset,
             seed=config.seed + index,

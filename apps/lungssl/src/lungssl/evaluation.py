@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from lungssl_data.pair import Phase, PhaseScan, Split
 from lungssl_tasks.inference import predict_labels
 from lungssl_tasks.metrics import LabelScore, segmentation_scores
 from lungssl_tasks.segmentation import SegmentationModel
+from lungssl_tasks.tidying import tidy
 from numpy import ndarray
 
 from lungssl.errors import DataError
-from lungssl.structures import labels_named, structures
+from lungssl.structures import in_one_piece, labels_named, structures
 
 METRICS = ("dice", "nsd", "hd95_mm", "assd_mm", "volume_error_ml")
 
@@ -43,11 +44,20 @@ def evaluate_model(
     roi_vox: tuple[int, int, int],
     overlap: float = 0.5,
     device: str = "cpu",
+    raw: bool = False,
 ) -> list[ScanScore]:
-    """Scores of every labelled scan of `patients`; DataError where none is labelled, ConfigError for other `names`."""
+    """Scores of every labelled scan of `patients`; DataError where none is labelled, ConfigError for other `names`.
+
+    Lobes and lungs are freed of islands first, as `lungssl segment` does, unless `raw`.
+    """
     labels = labels_named(names)
     predictions = predict_scans(model, cache, patients, labels=labels, roi_vox=roi_vox, overlap=overlap, device=device)
-    return [score for prediction in predictions for score in prediction.scores(names)]
+    tidied = in_one_piece(names) and not raw
+    return [
+        score
+        for prediction in predictions
+        for score in (replace(prediction, predicted=tidy(prediction.predicted)) if tidied else prediction).scores(names)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

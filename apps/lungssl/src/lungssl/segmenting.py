@@ -14,7 +14,7 @@ from lungssl_data.volume import LabelMap, Volume
 from numpy import ndarray
 
 from lungssl.errors import ConfigError
-from lungssl.structures import LUNG_NAMES
+from lungssl.structures import LUNG_NAMES, in_one_piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,14 @@ def segment_lungs(volume: Volume) -> Segmented:
     return Segmented(mask=mask, names=LUNG_NAMES, made_by={"method": "lungs by their air, no training"})
 
 
-def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> Segmented:
-    """Labels of a fine-tuned model: the scan is prepared as the cache prepares it, predicted, and brought back."""
+def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu", raw: bool = False) -> Segmented:
+    """Labels of a fine-tuned model: the scan is prepared as the cache prepares it, predicted, and brought back.
+
+    Lobes and lungs are freed of islands (`tidy`), unless `raw`.
+    """
     from lungssl_tasks.inference import predict_labels
     from lungssl_tasks.model_folder import WEIGHTS, load_model
+    from lungssl_tasks.tidying import tidy
 
     from lungssl.finetuning import file_sha256
 
@@ -53,6 +57,8 @@ def segment_with_model(volume: Volume, folder: Path, *, device: str = "cpu") -> 
         raise ConfigError(f"{folder}: trained at {card.spacing_mm} mm; only isotropic models can be applied to scans")
     scan = prepare_scan(volume, config=PrepareConfig(spacing_mm=card.spacing_mm[0]))
     labels = predict_labels(model, scan.ct_hu, roi_vox=card.roi_vox, device=device)
+    if in_one_piece(card.labels) and not raw:
+        labels = tidy(labels)
     own_grid: UInt8[ndarray, "z y x"] = resample_labels(
         LabelMap(labels=labels, geometry=scan.geometry()), volume.geometry
     )

@@ -24,7 +24,7 @@ class Structures:
     tolerance_mm: float
     """Of the normalised surface distance."""
     by_place: bool
-    """Told apart by their place, so that a view must span the lungs."""
+    """Told apart by their place, so that a view must span the lungs; and one piece each, so that islands are wrong."""
 
 
 STRUCTURES: Mapping[str, Structures] = {
@@ -42,6 +42,11 @@ def structures(labels: str) -> Structures:
         known = ", ".join(STRUCTURES)
         raise ConfigError(f"data.labels: {labels!r} is not one of {known}{did_you_mean(labels, STRUCTURES)}")
     return STRUCTURES[labels]
+
+
+def in_one_piece(names: Mapping[int, str]) -> bool:
+    """Whether a model's names are of structures that are one piece each."""
+    return any(known.by_place and dict(known.names) == dict(names) for known in STRUCTURES.values())
 
 
 def labels_named(names: Mapping[int, str]) -> str:

@@ -20,6 +20,7 @@ def evaluate(
     ] = 0.5,
     data: Annotated[Path | None, typer.Option(help="Pair cache; without it the phantoms.")] = None,
     split: Annotated[Literal["train", "val", "test", "all"], typer.Option(help="Whose patients.")] = "test",
+    raw: Annotated[bool, typer.Option("--raw", help="Keep a model's islands of lobes and lungs.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a used folder.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
@@ -116,6 +117,7 @@ def evaluate(
         names=card.labels,
         roi_vox=card.roi_vox,
         device=str(where),
+        raw=raw,
     )
     evaluation.write_scores(out, scores)
     print(evaluation.table(scores))

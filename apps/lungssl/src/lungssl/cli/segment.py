@@ -20,6 +20,7 @@ def segment(
     report: Annotated[
         Path | None, typer.Option(help="Also write volumes, model, versions and time as .json; names nobody.")
     ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Keep a model's islands of lobes and lungs.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
@@ -55,7 +56,7 @@ def segment(
     else:
         from lungssl.training.precision import pick_device
 
-        result = segmenting.segment_with_model(volume, model, device=str(pick_device(device)))
+        result = segmenting.segment_with_model(volume, model, device=str(pick_device(device)), raw=raw)
     write_labels(output, result.mask)
     if dicom_seg is not None:
         write_dicom_seg(result, image, dicom_seg)
