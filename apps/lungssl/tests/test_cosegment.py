@@ -99,7 +99,8 @@ def test_what_does_not_fit_is_said(
 
 def test_cohorts_without_lesions_keep_their_names() -> None:
     """A new name would make everybody's phantoms again: what is None is not part of it."""
-    plain, ill = CohortConfig(), CohortConfig(pathology=("consolidation",))
+    plain, ill, ventilated = CohortConfig(), CohortConfig(pathology=("consolidation",)), CohortConfig(preset="ards")
+    assert len({plain.name(), ill.name(), ventilated.name()}) == 3
     fields = {"patients": 16, "spacing_mm": 5.0, "texture_rho": 0.5, "seed": 0, "motion": "charts"}
     text = json.dumps([FORMAT_VERSION, PHANTOM_VERSION, fields], sort_keys=True)
     assert plain.name() == f"phantoms-16x5mm-{hashlib.sha256(text.encode()).hexdigest()[:8]}" != ill.name()
