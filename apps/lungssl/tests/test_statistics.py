@@ -1,6 +1,14 @@
 import numpy as np
 import pytest
-from lungssl.comparison.statistics import Difference, crossed_p, difference, holm, studentised_intervals
+from lungssl.comparison.statistics import (
+    Difference,
+    crossed_error,
+    crossed_interval,
+    crossed_p,
+    difference,
+    holm,
+    studentised_intervals,
+)
 from scipy import stats
 
 
@@ -96,6 +104,19 @@ def test_a_test_over_patients_and_seeds_in_closed_form() -> None:
     assert compared(np.arange(5.0)[:, None, None]).p_crossed is None
     with pytest.raises(ValueError, match="two of each, got 5 and 1"):
         crossed_p(np.zeros((5, 1)))
+    low, high = crossed_interval(values, level=0.90)
+    error, freedom_of_both = crossed_error(values)
+    assert freedom_of_both == pytest.approx(freedom)
+    assert [low, high] == pytest.approx(2 + np.array([-1, 1]) * stats.t.ppf(0.95, freedom) * error)
+
+
+def test_arms_are_equivalent_over_seeds_only_where_seeds_agree() -> None:
+    patients = np.random.default_rng(0).normal(0, 0.005, (13, 1, 1))
+    agree = compared(patients + np.array([-0.001, 0.0, 0.001])[:, None])
+    differ = compared(patients + np.array([-0.02, 0.0, 0.02])[:, None])
+    assert agree.equivalent(0.01) and agree.equivalent_over_seeds(0.01)
+    assert differ.equivalent(0.01) and not differ.equivalent_over_seeds(0.01)
+    assert not compared(patients).equivalent_over_seeds(0.01)  # of one seed nothing is known
 
 
 def test_a_difference_in_closed_form() -> None:

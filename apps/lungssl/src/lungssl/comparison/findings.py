@@ -40,9 +40,17 @@ class Contrast:
         return ENDPOINTS[self.endpoint].title + (f", {self.regime}" if self.regime is not None else "")
 
     def over_seeds(self) -> bool:
-        """Whether other seeds would say it, too, as far as these few tell: `p_crossed` below 0.05."""
-        found = self.difference
-        return found is not None and found.p_crossed is not None and found.p_crossed < 0.05
+        """Whether other seeds would say it, too, as far as these few tell.
+
+        Of a difference `p_crossed` below 0.05, of an equivalence `crossed_90` within the margin.
+        """
+        found, margin = self.difference, ENDPOINTS[self.endpoint].margin
+        if found is None:
+            return False
+        if self.verdict() == "equivalent":
+            assert margin is not None
+            return found.equivalent_over_seeds(margin)
+        return found.p_crossed is not None and found.p_crossed < 0.05
 
     def verdict(self) -> str:
         """`equivalent`, `better`, `worse`, `not shown` or `missing`, for the first arm.
@@ -158,7 +166,8 @@ def _sentence(one: Contrast) -> str:
             seeds = f"p {shown_p(found.p_crossed)}" if found.p_crossed is not None else "there is one"
             return f"{lead}. {one.first} is {verdict} with these encoders; for other seeds it isn't shown ({seeds})."
         case "equivalent":
-            return f"{lead}. They are equivalent, within ±{endpoint.margin:g}{unit}."
+            said = f"{lead}. They are equivalent, within ±{endpoint.margin:g}{unit}"
+            return f"{said}." if one.over_seeds() else f"{said}, with these encoders; for other seeds it isn't shown."
         case _:
             if math.isfinite(low) and math.isfinite(high) and (low > 0 or high < 0):
                 return f"{lead}. The interval leaves 0 out, but not the p of all primary tests together: not shown."

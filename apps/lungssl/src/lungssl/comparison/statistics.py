@@ -39,6 +39,8 @@ class Difference:
     p_crossed: float | None
     """Two-sided, of the mean with patients and seeds both drawn at random; None for one seed. A check beside `p`: with
     three seeds it finds only differences that all of them show alike."""
+    crossed_90: tuple[float, float] | None
+    """The 90 % interval of the mean with patients and seeds both drawn at random; None for one seed."""
     patient_sd: float
     """Standard deviation over patients of the differences that seeds and draws were averaged in."""
 
@@ -50,7 +52,11 @@ class Difference:
 
     def equivalent(self, margin: float) -> bool:
         """Whether the 90 % interval lies within plus and minus `margin`."""
-        return bool(-margin < self.interval_90[0] and self.interval_90[1] < margin)
+        return _within(self.interval_90, margin)
+
+    def equivalent_over_seeds(self, margin: float) -> bool:
+        """Whether `crossed_90` does; False for one seed."""
+        return self.crossed_90 is not None and _within(self.crossed_90, margin)
 
 
 Name = TypeVar("Name", bound=Hashable)
@@ -78,7 +84,8 @@ def difference(
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} differences are no finite numbers")
     from scipy.stats import wilcoxon
 
-    of_patient = values.mean(axis=(1, 2))
+    of_patient, of_seed = values.mean(axis=(1, 2)), values.mean(axis=2)
+    several = values.shape[1] > 1
     spread = float(of_patient.std(ddof=1))
     outer, inner = studentised_intervals(values, levels=(0.95, 0.90), draws=draws, seed=seed)
     n = len(of_patient)
@@ -89,8 +96,9 @@ def difference(
         p=1.0 if not of_patient.any() else float(wilcoxon(of_patient).pvalue),
         effect=0.0 if spread == 0 else float(of_patient.mean()) / spread * (1 - 3 / (4 * (n - 1) - 1)),
         patients=n,
-        seed_sd=float(values.mean(axis=(0, 2)).std(ddof=1)) if values.shape[1] > 1 else None,
-        p_crossed=crossed_p(values.mean(axis=2)) if values.shape[1] > 1 else None,
+        seed_sd=float(values.mean(axis=(0, 2)).std(ddof=1)) if several else None,
+        p_crossed=crossed_p(of_seed) if several else None,
+        crossed_90=crossed_interval(of_seed, level=0.90) if several else None,
         patient_sd=spread,
     )
 
@@ -98,13 +106,33 @@ def difference(
 def crossed_p(values: Float[ndarray, "patients seeds"]) -> float:
     """p of the mean of a two-way table whose rows and columns are both samples, against 0; two-sided.
 
-    Random effects of patient and seed, crossed: the mean's variance is (M_p + M_s - M_e) / (patients x seeds), of the
-    mean squares of rows, columns and what is left, and no less than that of rows or of columns alone; Student's t with
-    Satterthwaite's degrees of freedom (1946, doi:10.2307/3002019; the crossed design as in Clark 1973,
-    doi:10.1016/S0022-5371(73)80014-3). Raises ValueError for fewer than two of either.
+    Student's t with `crossed_error`. Raises ValueError as that does.
     """
     from scipy.stats import t
 
+    mean, (error, freedom) = float(values.mean()), crossed_error(values)
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * t.sf(abs(mean) / error, freedom))
+
+
+def crossed_interval(values: Float[ndarray, "patients seeds"], *, level: float) -> tuple[float, float]:
+    """Two-sided interval of that mean, by the same t."""
+    from scipy.stats import t
+
+    mean, (error, freedom) = float(values.mean()), crossed_error(values)
+    reach = error * float(t.ppf((1 + level) / 2, freedom)) if error else 0.0
+    return mean - reach, mean + reach
+
+
+def crossed_error(values: Float[ndarray, "patients seeds"]) -> tuple[float, float]:
+    """Standard error of the mean of a two-way table whose rows and columns are both samples, and degrees of freedom.
+
+    Random effects of patient and seed, crossed: the mean's variance is (M_p + M_s - M_e) / (patients x seeds), of the
+    mean squares of rows, columns and what is left, and no less than that of rows or of columns alone; Satterthwaite's
+    degrees of freedom (1946, doi:10.2307/3002019; the crossed design as in Clark 1973,
+    doi:10.1016/S0022-5371(73)80014-3). Raises ValueError for fewer than two of either.
+    """
     n, k = values.shape
     if min(n, k) < 2:
         raise ValueError(f"a test over patients and seeds needs two of each, got {n} and {k}")
@@ -116,14 +144,14 @@ def crossed_p(values: Float[ndarray, "patients seeds"]) -> float:
     squares = {"both": of_rows + of_columns - of_rest, "rows": of_rows, "columns": of_columns}
     which = max(squares, key=lambda name: squares[name])
     if squares[which] <= 0:
-        return 1.0 if mean == 0 else 0.0
+        return 0.0, 1.0
     freedom = {
         "rows": n - 1,
         "columns": k - 1,
         "both": squares["both"] ** 2
         / (of_rows**2 / (n - 1) + of_columns**2 / (k - 1) + of_rest**2 / ((n - 1) * (k - 1))),
     }[which]
-    return float(2 * t.sf(abs(mean) / np.sqrt(squares[which] / (n * k)), freedom))
+    return float(np.sqrt(squares[which] / (n * k))), float(freedom)
 
 
 def studentised_intervals(
@@ -173,3 +201,7 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
         least = max(least, min(1.0, (len(ranked) - rank) * p_values[name]))
         adjusted[name] = least
     return {name: adjusted[name] for name in p_values}
+
+
+def _within(interval: tuple[float, float], margin: float) -> bool:
+    return bool(-margin < interval[0] and interval[1] < margin)

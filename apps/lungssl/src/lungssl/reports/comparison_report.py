@@ -168,7 +168,9 @@ def contrast_rows(found: Sequence[Contrast]) -> list[dict[str, str]]:
                 }
             )
         verdict = one.verdict()
-        rows[-1]["verdict"] = verdict + ", these seeds" * (verdict in ("better", "worse") and not one.over_seeds())
+        rows[-1]["verdict"] = verdict + ", these seeds" * (
+            verdict in ("better", "worse", "equivalent") and not one.over_seeds()
+        )
     return rows
 
 
