@@ -16,7 +16,7 @@ from lungssl_data.pair import AIR_HU, PhaseScan
 from lungssl_data.resample import resample_hu, resample_labels
 from lungssl_data.volume import Geometry, LabelMap, Volume
 
-PREPARE_VERSION = 3
+PREPARE_VERSION = 4
 """Raised whenever the same volume, masks and parameters would give another scan."""
 SIDE_UNKNOWN = 3
 """Code of a given mask's voxels whose side, right or left, is to be found (`layouts.source.LUNG_CODES`)."""
@@ -42,15 +42,17 @@ def prepare_scan(
     lobes: LabelMap | None = None,
     lesion: LabelMap | None = None,
     vessels: LabelMap | None = None,
+    around: LabelMap | None = None,
     source_sha256: str = "",
     threads: int | None = None,
 ) -> PhaseScan:
     """Resample, mask and crop one phase.
 
     `lung` (1 right, 2 left, 3 where the side is to be found) replaces the training-free mask; `lobes`, `lesion` and
-    `vessels` have the cache's codes. Each may lie on any grid. Raises LungMaskError where no plausible lung is found,
-    or the given mask has other codes or is absurdly large. `threads` is for resampling, by default the processor's
-    cores.
+    `vessels` have the cache's codes. Each may lie on any grid. What is cut out holds
+    the lungs, the lobes (airless ones, which masks made from air lack) and `around`, with a margin. Raises
+    LungMaskError where no plausible lung is found, or the given mask has other codes or is absurdly large. `threads` is
+    for resampling, by default the processor's cores.
     """
     if lung is None:
         lung = LabelMap(labels=lung_mask(volume), geometry=volume.geometry)
@@ -61,7 +63,9 @@ def prepare_scan(
         raise LungMaskError(problem)
     if (lung.labels == SIDE_UNKNOWN).any():
         lung = _with_sides(lung, volume)
-    target = _target_grid(lung_box_mm(lung), volume.geometry, config)
+    boxes = [lung_box_mm(one) for one in (lung, lobes, around) if one is not None and one.labels.any()]
+    box_mm = np.stack([np.min([low for low, _ in boxes], axis=0), np.max([high for _, high in boxes], axis=0)])
+    target = _target_grid(box_mm, volume.geometry, config)
     ct, measured = resample_hu(volume, target, smooth=config.smooth, threads=threads)
     return PhaseScan(
         ct_hu=np.where(measured, ct, np.int16(AIR_HU)),  # resampling clamps at the edge, however far outside
