@@ -342,6 +342,26 @@ def test_jobs_in_the_background_make_what_the_command_makes(
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/results").glob("*.json")} == made
 
 
+def test_a_run_that_another_process_makes_is_left_out_with_what_starts_from_it(data: Path, tmp_path: Path) -> None:
+    floors = {name: {"isolates": "floor", "pretrained": False} for name in ("first", "second")}
+    short = ["train.steps=2", "train.eval_batches=0", "train.checkpoint_every=2", "views.global_vox=32"]
+    labels = {"recipe": "demo/segment", "patients": [1], "overrides": short}
+    changes: dict[str, Any] = {"arms": floors, "contrasts": [["second", "first"]], "labels": labels}
+    plan = load_plan(str(write_plan(tmp_path / "plan.yaml", **changes)))
+    cache = PairCache(data)
+    first = pretrain_runs(plan, cache.fingerprint())[0]
+    learned = finetune_runs(plan, first)
+    assert learned
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/plan.yaml").touch()
+    said: list[str] = []
+    with open(tmp_path / "out/runs" / f".{first.id}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = carry_out(plan, data=data, out=tmp_path / "out", say=said.append)
+    assert {first.id, *(one.id for one in learned)} <= set(outcome.missing)
+    assert sum("another process" in line for line in said) == 1 + len(learned)
+
+
 def test_what_cannot_be_submitted_is_said(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -232,7 +232,12 @@ class _Worker:
         return self.out / "runs" / run_id
 
     def make(self, step: Pretrain | Finetune) -> bool:
-        """Make a run and write its result; one that breaks down is a result, too. False: another process is at it."""
+        """Make a run and write its result; one that breaks down is a result, too.
+
+        False: another process is at it, or at the encoder that it starts from.
+        """
+        if isinstance(step, Finetune) and not self.result(step.parent.id).is_file():
+            return False
         with open(self.out / "runs" / f".{step.id}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by a process that is killed
