@@ -29,14 +29,14 @@ def volume() -> Volume:
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, folder: Path, names: dict[int, str]) -> list[tuple[int, ...]]:
-    """A model that knows air and 60 HU for lung; returns the shapes it is shown."""
+    """A model that takes air and what is denser than the body for lung; returns the shapes it is shown."""
     shown = []
 
     def predict(model: Any, ct_hu: np.ndarray, **_: Any) -> np.ndarray:
         shown.append(ct_hu.shape)
         inside = np.zeros(ct_hu.shape, bool)
         inside[2:-2, 2:-2, 2:-2] = True  # air around the body is none
-        lung = ((ct_hu < -400) & inside & (ct_hu > -900)) | (ct_hu > 30)
+        lung = ((ct_hu < -400) & inside & (ct_hu > -900)) | (ct_hu > 10)
         sides = np.arange(ct_hu.shape[2]) < ct_hu.shape[2] // 2
         return np.where(lung, np.where(sides, 1, 4), 0).astype(np.uint8)
 
