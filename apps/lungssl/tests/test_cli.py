@@ -60,7 +60,10 @@ def test_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "--ot", "x"], "error: No such option: --ot (Possible options: --data, --out); see `lungssl pret"),
+        (
+            ["pretrain", "--ot", "x"],
+            "error: No such option: --ot (Possible options: --data, --job, --out); see `lungssl pret",
+        ),
         (["pretrian"], "error: No such command 'pretrian'. Did you mean 'pretrain'?; see `lungssl --help`"),
         (["pretrain", "dino_vit_nan", "--out", "x"], "error: unknown recipe 'dino_vit_nan'; did you mean 'dino_vit_"),
         (["pretrain", "dino_vit_nano"], "error: --out is missing: name the run folder"),

@@ -253,12 +253,14 @@ def test_frozen_probes_a_shift_test_estimates_and_foreign_weights(
 
 
 def test_what_is_fair_is_within_two_percent() -> None:
-    def cost(flops: int, samples: int = 10, steps: int = 5) -> Cost:
-        return Cost(steps=steps, samples=samples, patients=1, scans=1, voxels=1, tokens=1, flops=flops, displacement="")
+    def cost(tflop: int, samples: int = 10, steps: int = 5) -> Cost:
+        return Cost(
+            steps=steps, samples=samples, patients=1, scans=1, voxels=1, tokens=1, flops=tflop * 10**12, displacement=""
+        )
 
     floor = cost(0, 0, 0)
     check_fair({"a": cost(1000), "floor": floor, "b": cost(1020)}, "flops")
-    with pytest.raises(ConfigError, match=r"b has 1,021 flops and a 1,000 \(\+2\.1%\)"):
+    with pytest.raises(ConfigError, match=r"b has 1021 TFLOP and a 1000 TFLOP \(\+2\.1%\)"):
         check_fair({"a": cost(1000), "floor": floor, "b": cost(1021)}, "flops")
     with pytest.raises(ConfigError, match=r"b has 20 samples and a 10 .*the same train\.batch"):
         check_fair({"a": cost(1000), "floor": floor, "b": cost(1000, 20)}, "steps")
