@@ -1,5 +1,6 @@
 """The pilot of the comparison: does the pair pay? Plans `phases` at three shares of common texture, `methods`, and
-`recipes` (exploratory: the same contrast under two recipes, on phantoms that no other plan has).
+`recipes` (exploratory: the same contrast under two recipes, on phantoms that no other plan has), and `labels` (lobes
+from 1, 2 and 5 labelled patients).
 
 Run: uv run python benchmarks/pilot.py --out DIR [--parts phases-rho1,methods] [--shard 1/2] [--encoders] [--fresh]
      [--quick]
@@ -39,6 +40,7 @@ PARTS: dict[str, tuple[str, list[str]]] = {
     "phases-rho0": ("phases", [*PHASES["0"], NO_LABELS, ENCODERS]),
     "methods": ("methods", [*PHASES["0.5"], NO_LABELS]),
     "recipes": (str(HERE / "plans" / "recipes.yaml"), []),
+    "labels": (str(HERE / "plans" / "labels.yaml"), []),
 }
 QUICK = ["seeds=[0]", "phantoms.patients=12", "phantoms.spacing_mm=6", "shift.patients=2", "shift.spacing_mm=6"]
 DIGITS = 5
@@ -89,13 +91,14 @@ def run(plan: Plan, out: Path, results: Path | None, *, shard: str | None) -> Ou
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    assert plan.shift is not None
-    data, shift = builtin_cohort(plan.phantoms, say=say), builtin_cohort(plan.shift, say=say)
+    data = builtin_cohort(plan.phantoms, say=say)
+    shift = None if plan.shift is None else builtin_cohort(plan.shift, say=say)
+    shifted = None if shift is None else PairCache(shift).fingerprint()
     if results is not None and results.is_file():
         (out / "results").mkdir(parents=True, exist_ok=True)
         (out / "plan.yaml").touch()
         kept = {row["id"]: row for row in json.loads(results.read_text())["rows"]}
-        for made in pretrain_runs(plan, PairCache(data).fingerprint(), PairCache(shift).fingerprint()):
+        for made in pretrain_runs(plan, PairCache(data).fingerprint(), shifted):
             family = {made.id, *(one.id for one in finetune_runs(plan, made))}
             if family <= set(kept):  # else its encoder, which isn't kept, is needed again
                 for name in family:
@@ -134,7 +137,6 @@ def kept_outcome(plan: Plan, results: Path, folder: Path) -> Outcome:
     kept = json.loads(results.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "env.json").write_text(json.dumps(kept["env"], indent=1))
-    assert plan.shift is not None
     wanted = wanted_ids(plan, kept["env"]["data"], kept["env"]["shift"])
     rows = {row["id"]: row for row in kept["rows"] if row["id"] in set(wanted)}
     return Outcome(
