@@ -8,6 +8,7 @@ from lungssl_tasks.joint.task import JointTask
 from lungssl_tasks.model_folder import save_joint
 
 from lungssl.config import Recipe
+from lungssl.errors import DataError
 from lungssl.finetuning import Labels
 from lungssl.finetuning_registration import build, paired, train
 from lungssl.joint_scoring import score_joint, stitches, summary_of
@@ -39,8 +40,11 @@ def finetune_joint(
         if model.stitch:
             summary["cross_stitch"] = stitches(model)
         if judged := paired(parts.cache, "val"):
-            scores = score_joint(model, parts.cache, judged, names=LOBE_NAMES, device=parts.device, say=run.say)
-            summary["whole_pairs"] = summary_of(scores)
+            try:
+                scores = score_joint(model, parts.cache, judged, names=LOBE_NAMES, device=parts.device, say=run.say)
+                summary["whole_pairs"] = summary_of(scores)
+            except DataError as error:  # what was trained is kept all the same
+                run.say(f"WARNING: val patients can't be judged: {error}")
         save_joint(run.export / "model", model, labels=LOBE_NAMES, extra=summary)
         run.say(f"model: {run.export / 'model'}; score it with `lungssl evaluate --model {out}`")
 

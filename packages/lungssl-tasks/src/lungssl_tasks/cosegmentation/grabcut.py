@@ -71,7 +71,7 @@ def pseudo_mask(
     trimap = seeds(hu, grid, lesion, config, within=within)
     start = lesion.ellipsoid(grid, config.begin) & (trimap != OUTSIDE)
     radius = np.linalg.norm(lesion.axes_at(grid), axis=0)
-    found = cut_out(hu, trimap, start, radius, grid.spacing_mm, config)
+    found = cut_out(hu, trimap, start, radius, grid.spacing_mm, config, within=within)
     labels = np.zeros(found.shape, np.int32)
     number = ndimage.label(found, output=labels)
     assert isinstance(number, int)
@@ -112,13 +112,17 @@ def cut_out(
     radius: Float[ndarray, "z y x"],
     spacing_mm: tuple[float, float, float],
     config: GrabCutConfig,
+    *,
+    within: Bool[ndarray, "z y x"] | None = None,
 ) -> Bool[ndarray, "z y x"]:
     """Inside after the last round; `start` is what is taken for it in the first, `radius` 1 on the expected surface."""
     inside = (start | (trimap == INSIDE)) & (trimap != OUTSIDE)
     doubt = trimap == DOUBT
     values = hu.astype(np.float64)
     for _ in range(config.rounds):
-        sides = [mixture(values[side], config.components) for side in (~inside, inside)]
+        # Of what may be lesion at all: chest wall looks like a dense lesion, and would be its background.
+        outside = ~inside if within is None or not (within & ~inside).any() else within & ~inside
+        sides = [mixture(values[side], config.components) for side in (outside, inside)]
         costs = [np.minimum(-log_density(values[doubt], *one), MOST_NATS) for one in sides]
         for cost, sign in zip(costs, (1, -1), strict=True):
             cost += config.shape * np.maximum(sign * (1 - radius[doubt]), 0)

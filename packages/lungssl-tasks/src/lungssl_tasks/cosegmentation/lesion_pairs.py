@@ -191,6 +191,8 @@ class LesionPairs:
                 shape=tuple((high - low).tolist()),
                 origin_mm=tuple((low[::-1] * np.array(scan.spacing_mm) + scan.origin_mm).tolist()),
             )
+            if lung is not None:
+                lung |= lesion.ellipsoid(grid, 1.0)  # lungs that are found by their air lack what is dense
             mask = pseudo_mask(scan.ct_hu[cut].astype(np.float64), grid, lesion, self.grabcut, within=lung)
             z, y, x = low.tolist()
             self._pseudo[key] = mask, (z, y, x)
