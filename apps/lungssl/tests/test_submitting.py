@@ -91,10 +91,25 @@ def test_the_script_has_the_jobs_wishes_and_the_warning(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["pretrain", *SMALL, "--data", str(cohort), "--out", str(tmp_path / "a run"), "--launcher", "slurm"]
-    wishes = ["tasks_per_node=2", "gpus_per_node=2", "timeout_min=90", "slurm_partition=gpu"]
+    wishes = [
+        "mem_gb=64",
+        "slurm_account=0123",
+        "tasks_per_node=2",
+        "gpus_per_node=2",
+        "timeout_min=90",
+        "slurm_partition=gpu",
+    ]
     assert main([*command, "--print", *(word for wish in wishes for word in ("--job", wish))]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    for line in ("ntasks-per-node=2", "gpus-per-node=2", "time=90", "partition=gpu", "signal=USR1@90"):
+    for line in (
+        "mem=64GB",
+        "account=0123",
+        "ntasks-per-node=2",
+        "gpus-per-node=2",
+        "time=90",
+        "partition=gpu",
+        "signal=USR1@90",
+    ):
         assert f"#SBATCH --{line}" in lines
     assert f"--out '{tmp_path}/a run'" in lines[-1] and not (tmp_path / "a run").exists()
 

@@ -1,13 +1,13 @@
 """Command lines of lungssl as jobs: of a SLURM cluster, or in the background of this machine. By submitit."""
 
+import json
 import os
+import re
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from lungssl.errors import ConfigError
 
@@ -45,7 +45,7 @@ def script(command: Sequence[str], *, folder: Path, name: str, parameters: Mappi
     try:
         known = slurm.SlurmExecutor._equivalence_dict()
         plain = {key.removeprefix("slurm_"): value for key, value in {"name": name, **parameters}.items()}
-        plain = {known.get(key, key): value for key, value in plain.items()}
+        plain = {known.get(key, key): f"{value}GB" if key == "mem_gb" else value for key, value in plain.items()}
         return slurm._make_sbatch_string(command=f"lungssl {shlex.join(command)}", folder=folder, **plain)
     except TypeError as error:
         raise ConfigError(f"--job {dict(parameters)}: {error}") from error
@@ -92,13 +92,16 @@ class CommandJob:
 
 
 def job_parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` texts, values as in YAML. Raises ConfigError for a text without `=`."""
+    """`key=value` texts; whole numbers, decimals, true and false are these, all else is text, as 10:00:00 and 0123.
+
+    Raises ConfigError for a text without `=`.
+    """
     found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--job {pair}: expected KEY=VALUE, e.g. --job timeout_min=600 --job slurm_partition=gpu")
-        found[key] = yaml.safe_load(value)
+        found[key] = json.loads(value) if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?|true|false", value) else value
     return found
 
 
