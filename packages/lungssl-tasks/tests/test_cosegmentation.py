@@ -234,6 +234,12 @@ def test_pseudo_masks_stand_in_for_masks(cache: PairCache) -> None:
     alone = lesion_pairs(cache, supervision="diameters", diameters=given)
     assert alone.matches == [("p10", 0, None)] and alone.pair(0).exhale_truth is None
     assert alone.patients == ["p10"]
+    unknown = alone.pair(0)  # nobody looked at inhale: no label, and nothing to be judged by
+    assert (unknown.inhale_labels == IGNORE_LABEL).all() and unknown.inhale_truth is None
+    assert (
+        lesion_pairs(cache, supervision="diameters", diameters=given | {("p10", "inhale"): []}).pair(0).inhale_labels
+        == 0
+    ).any()
     with pytest.raises(ValueError, match="masks needs a mask of every lesion"):
         lesion_pairs(cache, diameters=given)
     with pytest.raises(ValueError, match="no patient with both phases has a lesion"):

@@ -8,7 +8,7 @@ from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
 from lungssl_tasks.cosegmentation.diameters import read_diameters
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig
-from lungssl_tasks.cosegmentation.lesion_pairs import PHASES, LesionPair, LesionPairs
+from lungssl_tasks.cosegmentation.lesion_pairs import PHASES, LesionPair, LesionPairs, NoLesionsError
 from lungssl_tasks.cosegmentation.task import CosegmentationTask
 from lungssl_tasks.model_folder import save_cosegmentation
 
@@ -71,9 +71,13 @@ def build(
     except ValueError as error:
         raise ConfigError(f"{data}: {error}") from error
     held_out = []
-    if judged := with_lesions(cache, paired(cache, "val"), given):
-        held = LesionPairs(cache, judged, supervision="diameters", seed=0, **common)
+    try:
+        held = LesionPairs(
+            cache, with_lesions(cache, paired(cache, "val"), given), supervision="diameters", seed=0, **common
+        )
         held_out = [held.pair(index) for index in range(len(held))]
+    except NoLesionsError:  # `train` warns
+        pass
     return PairFinetuning(recipe=recipe, task=task, cache=cache, pairs=pairs, held_out=held_out, device=where)
 
 

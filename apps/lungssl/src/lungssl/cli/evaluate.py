@@ -66,6 +66,8 @@ def evaluate(
         raise ConfigError(f"--register {register!r} is unknown{did_you_mean(register, PRESETS)}")
     if register is not None and model is not None and not network:
         raise ConfigError(f"--register with --model {model}: it is no registration network; leave one of them out")
+    if raw and (register is not None or written in (REGISTRATION_FORMAT, JOINT_FORMAT, COSEGMENTATION_FORMAT)):
+        raise ConfigError("--raw is for models of `finetune segment`: of others no islands are removed; leave it out")
     if encoder is not None and (register is None or model is not None):
         raise ConfigError("--encoder belongs to --register PRESET without --model")
     if data is None:

@@ -49,6 +49,8 @@ def finetune(
         raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one")
+    if diameters is not None and task != "cosegment":
+        raise ConfigError("--diameters belongs to task cosegment; leave it out")
     loaded = load_recipe(recipe or f"finetune/{task}", overrides or [])
 
     from lungssl import finetuning, finetuning_cosegment, finetuning_joint, finetuning_registration
@@ -59,8 +61,6 @@ def finetune(
         data = builtin_cohort(LESION_COHORT if task == "cosegment" else None)
     seen = finetuning.Labels(patients=labels, draw=draw)
     weights = None if encoder == "none" else finetuning.encoder_file(Path(encoder))
-    if diameters is not None and task != "cosegment":
-        raise ConfigError("--diameters belongs to task cosegment; leave it out")
     if task == "cosegment":
         prepared = partial(finetuning_cosegment.dry_run, diameters=diameters)
         run = partial(finetuning_cosegment.finetune_cosegment, diameters=diameters)

@@ -2,7 +2,8 @@
 
 A lesion of exhale has its partner in inhale where the displacement, or the coarse affine, takes its centre into one;
 where it takes it into none, inhale's label is empty: air is back in it, or nobody saw it. So it is the other way round
-for lesions that only inhale has. Stateless: sample i is a function of the seed and i alone.
+for lesions that only inhale has. A phase that nobody annotated (no mask, or no line in the file of diameters) is
+unknown. Stateless: sample i is a function of the seed and i alone.
 """
 
 import dataclasses
@@ -30,6 +31,10 @@ OTHERS = 1.3
 PHASES = ("exhale", "inhale")
 MOST_BYTES = 2**31
 """Of crops kept in memory: some 250 lesions in crops of 96 voxels, or 5,000 in crops of 32."""
+
+
+class NoLesionsError(ValueError):
+    """Nothing to learn from, or to be judged by."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +87,7 @@ class LesionPairs:
         they are measured on the cache's masks. Raises ValueError where no patient with both phases has a lesion.
         """
         self.cache, self.side_vox, self.supervision, self.grabcut = cache, side_vox, supervision, grabcut
-        self.seed, self.shift_vox, self.flips = seed, shift_vox, flips
+        self.seed, self.shift_vox, self.flips, self.diameters = seed, shift_vox, flips, diameters
         self.labelled: frozenset[str] = frozenset()
         self.matches: list[tuple[str, int | None, int | None]] = []
         self._lesions: dict[str, dict[str, list[Lesion]]] = {}
@@ -95,7 +100,7 @@ class LesionPairs:
             self._lesions[patient] = lesions
             self.matches += [(patient, *match) for match in partners(pair, lesions["exhale"], lesions["inhale"])]
         if not self.matches:
-            raise ValueError(
+            raise NoLesionsError(
                 "no patient with both phases has a lesion; a cache has them as masks, or give a file of diameters"
             )
         if supervision == "masks" and any(
@@ -141,12 +146,15 @@ class LesionPairs:
             lesions = self._lesions[patient][phase]
             box = Box.around(scan, centres[phase], self.side_vox, self.shift_vox)
             truth = None
-            if all(lesion.mask is not None for lesion in lesions):
+            if self.diameters is None and scan.lesion is not None:
                 truth = np.where(box.cut(scan.valid, 0) > 0, np.uint8(0), np.uint8(IGNORE_LABEL))
                 for k, lesion in enumerate(lesions):
                     assert lesion.mask is not None
                     truth[box.cut(lesion.mask, False)] = 1 if k == which else IGNORE_LABEL
-            labels = self._labels(patient, phase, scan, lesions, which, box)
+            if annotated(pair, phase, self.diameters):
+                labels = self._labels(patient, phase, scan, lesions, which, box)
+            else:
+                labels = np.full((box.side,) * 3, np.uint8(IGNORE_LABEL))
             made[phase] = Crop(hu=box.cut(scan.ct_hu, int(AIR_HU)), labels=labels, truth=truth)
         size = sum(one.nbytes() for one in made.values())
         if self._crop_bytes + size <= MOST_BYTES:
@@ -251,6 +259,13 @@ class Box:
 def index_of(scan: PhaseScan, point_mm: Float[ndarray, "3"]) -> ndarray:
     """The voxel (z, y, x) nearest to a point."""
     return np.rint((point_mm - scan.origin_mm) / np.asarray(scan.spacing_mm)).astype(int)[::-1]
+
+
+def annotated(pair: PhasePair, phase: str, diameters: Mapping[tuple[str, str], list[Diameters]] | None) -> bool:
+    """Whether anybody looked for lesions in this phase."""
+    if diameters is not None:
+        return (pair.patient, phase) in diameters
+    return pair.scan("exhale" if phase == "exhale" else "inhale").lesion is not None
 
 
 def found_lesions(
