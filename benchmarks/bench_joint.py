@@ -84,11 +84,14 @@ def main() -> None:
     data = builtin_cohort(cohort, say=say)
     out = HERE / "results" / f"joint{'_quick' if options.quick else ''}.json"
     rows = {(row["arm"], row["seed"]): row for row in json.loads(out.read_text())["rows"]} if out.is_file() else {}
+    setting = {"cohort": cohort.name(), "steps": options.steps, "labels": options.labels}
+    setting["encoder"] = options.encoder is not None
+    if others := {key for key, row in rows.items() if any(row[name] != value for name, value in setting.items())}:
+        parser.error(f"{out.name} has {len(others)} rows of other settings than {setting}; move it away first")
     for seed in map(int, options.seeds.split(",")):  # arms in turn, so that a slow hour of the machine hits all alike
         for arm in arms:
             rows[arm, seed] = {"arm": arm, "seed": seed, **measured(arm, seed, data, options), "commit": commit()}
-            rows[arm, seed] |= {"machine": machine("cpu"), "cohort": cohort.name(), "steps": options.steps}
-            rows[arm, seed] |= {"labels": options.labels, "encoder": options.encoder is not None}
+            rows[arm, seed] |= {"machine": machine("cpu"), **setting}
             say(json.dumps(rows[arm, seed]))
             lines = ",\n".join(json.dumps(one) for one in rows.values())
             out.write_text(f'{{"benchmark": "joint", "rows": [\n{lines}\n]}}\n')
