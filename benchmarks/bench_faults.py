@@ -181,9 +181,12 @@ def struck(children: Sequence[int], chosen: Sequence[int], number: int) -> bool:
     for pid in chosen:
         hit |= os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         os.kill(pid, number)  # a child that nobody has waited for is there to be signalled, if only as a zombie
-    left, until = set(children), time.monotonic() + (MOMENT_S if number == signal.SIGKILL else 600.0)
+    left, until = set(children), time.monotonic() + 600.0
     while left:
-        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == pid}
+        ended = {pid: status for pid in left for found, status in [os.waitpid(pid, os.WNOHANG)] if found == pid}
+        left -= set(ended)
+        if any(ended.values()):  # killed, or SIGTERM before training listens: its neighbour waits for it in vain
+            until = min(until, time.monotonic() + MOMENT_S)
         if left and time.monotonic() > until:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
