@@ -1,6 +1,6 @@
 """Joint models against their single-task twins: the same pairs, steps and seeds, on phantoms that none was trained on.
 
-Run: uv run python benchmarks/bench_joint.py [--arms NAMES] [--seeds 0,1,2] [--steps 400] [--labels 4] [--quick]
+Run: uv run python benchmarks/bench_joint.py [--arms NAMES] [--seeds 0,1,2] [--steps 300] [--labels 4] [--quick]
 
 Arms: `twins` (two networks apart, a field that never sees a label), `separate` (the same, with labels that the field
 carries), `dense`, `sedd`, `cross_stitch` and `cross_stitch_half` (its matrices begin at 0.5), all with equal weights;
@@ -66,10 +66,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--labels", type=int, default=4, help="training patients whose lobes are given")
     parser.add_argument("--patients", type=int, default=32)
-    parser.add_argument("--spacing-mm", type=float, default=5.0)
+    parser.add_argument("--spacing-mm", type=float, default=6.0)
     parser.add_argument("--encoder", type=Path, default=None, help="pretrained weights; random ones without it")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true")

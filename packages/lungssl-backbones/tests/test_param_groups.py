@@ -54,6 +54,20 @@ def test_layer_decay_counts_the_layers_above_as_beit_does() -> None:
     assert [conv[f"stages.{i}.0.conv1.weight"] for i in range(4)] == [2 * 0.5**e for e in (4, 3, 2, 1)]
 
 
+def test_a_module_may_learn_faster_than_the_others() -> None:
+    class Fast(nn.Linear):
+        rate_scale = 10.0
+
+    inner = nn.Sequential(nn.Linear(2, 3), Fast(3, 4))
+    inner.rate_scale = 0.5
+    groups = by_name(nn.ModuleDict({"first": inner, "other": nn.Linear(4, 2)}), lr=2.0)
+    assert {name: (group["lr_scale"], group["lr"]) for name, group in groups.items() if name.endswith("weight")} == {
+        "first.0.weight": (0.5, 1.0),
+        "first.1.weight": (5.0, 10.0),
+        "other.weight": (1.0, 2.0),
+    }
+
+
 def test_layers_are_found_under_the_names_of_other_libraries() -> None:
     expected = {
         "resenc_l": {"stem.convs.0.conv.weight": 3, "stages.0.blocks.0.conv1.conv.weight": 2, "mask_value": 3}

@@ -144,6 +144,15 @@ def test_unknown_voxels_count_neither_here_nor_there() -> None:
     assert float(warped_dice(moving, fixed, still, classes=2, seen=seen)) == 1.0  # no known voxel of a class
 
 
+def test_what_lies_beyond_the_grid_is_unknown() -> None:
+    fixed, moving = box(5, 10), box(9, 10)
+    far = torch.zeros(1, 3, 3, 4, 10)
+    far[:, 0] = 4.0  # voxel 5 reads the last voxel, which is the lobe's; 6 to 9 read beyond it
+    assert float(warped_dice(moving, fixed, far, classes=2)) == 1.0
+    moving[..., 9] = 0
+    assert float(warped_dice(moving, fixed, far, classes=2)) == 0.0  # voxel 5 is known, and missed
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_both_scans_are_answered_alike(architecture: Architecture) -> None:
     built = model(architecture).eval()

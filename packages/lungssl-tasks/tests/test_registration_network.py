@@ -210,3 +210,18 @@ def test_what_does_not_fit_is_said(cache: PairCache, tiny_encoder: Callable[...,
         SMALL.build(tiny_encoder((3,)))
     with pytest.raises(ValueError, match="no patient has both phases"):
         TrainingPairs(cache, [], multiple=8, seed=0)
+    with pytest.raises(ValueError, match=r"labelled_share 0\.5 of 0 labelled patients, expected 0 to 1"):
+        TrainingPairs(cache, ["p1"], multiple=8, seed=0, labelled_share=0.5)
+
+
+def test_a_share_of_the_samples_is_of_labelled_patients_and_all_have_their_turn(cache: PairCache) -> None:
+    names = [f"p{k}" for k in range(5)]
+    labelled = ["p3", "p4"]
+    some = TrainingPairs(cache, names, multiple=8, seed=1, labelled=labelled, labelled_share=0.5)
+    drawn = [some.patient(index) for index in range(20)]
+    assert drawn == [some.patient(index) for index in range(20)]
+    special, ordinary = drawn[1::2], drawn[::2]
+    assert all(set(special[k : k + 2]) == set(labelled) for k in range(0, 10, 2))
+    assert sorted(ordinary[:5]) == sorted(ordinary[5:]) == names
+    none = TrainingPairs(cache, names, multiple=8, seed=1, labelled=labelled)
+    assert [none.patient(index) for index in range(10)] == ordinary  # as if nobody were labelled

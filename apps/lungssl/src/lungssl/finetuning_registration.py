@@ -117,6 +117,7 @@ def build(
             jitter=AffineJitter(),
             with_truth=weights.truth > 0,
             labelled=labelled,
+            labelled_share=config.labelled_share if name == "joint" else 0.0,
         ),
         held_out=held_out,
         device=where,

@@ -1,5 +1,6 @@
 """Optimizer parameter groups: which parameters decay, and how fast each layer learns."""
 
+import math
 import re
 from typing import Any
 
@@ -21,6 +22,7 @@ def param_groups(
     DINO and MAE). In every encoder within `module`, the learning rate is scaled by `layer_decay ** (layers above)`:
     embeddings are below block 0, and a final norm and whatever is not an encoder (heads, decoders) have none above
     (BEiT, Bao et al. 2022, https://arxiv.org/abs/2106.08254). A layer is a block of a ViT, a stage of the others.
+    A module's attribute `rate_scale`, where it has one, is a further factor on all that it holds.
 
     A group has the keys `params`, `lr`, `weight_decay`, and for schedules that write `lr` and `weight_decay` each
     step: `lr_scale`, `decays`.
@@ -29,7 +31,7 @@ def param_groups(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = layer_decay ** _layers_above(module, name)
+        scale = layer_decay ** _layers_above(module, name) * _rate_scale(module, name)
         decays = parameter.ndim > 1 and not _NO_DECAY.search(name)
         if (scale, decays) not in groups:
             groups[scale, decays] = {
@@ -58,6 +60,13 @@ def _layers_above(module: nn.Module, name: str) -> int:
             return layers - index
         return 0 if inner.removeprefix("eva.").startswith("norm.") else layers + 1
     return 0
+
+
+def _rate_scale(module: nn.Module, name: str) -> float:
+    """Product of `rate_scale` of the modules that hold a parameter."""
+    path = name.split(".")
+    holders = (module.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    return math.prod(getattr(holder, "rate_scale", 1.0) for holder in holders)
 
 
 def _layer(name: str) -> int | None:

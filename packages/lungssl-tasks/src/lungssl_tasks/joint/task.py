@@ -41,6 +41,13 @@ class JointTask(nn.Module):
         guided: bool = True
         """Whether the labels that a field warps count (L2). The paper's single-task registration has none: `separate`
         with false."""
+        labelled_share: float = 0.5
+        """Of the samples, those that are drawn from labelled pairs alone; the others are of all. With few labels most
+        steps would teach no lobes otherwise. Ours."""
+        segment_rate: float = 5.0
+        """Factor on the learning rate of what is the segmentation's alone: from random weights a U-Net wants a larger
+        one than a registration network (recipes finetune/segment and register). On phantoms of 6 mm with 4 labels,
+        160 steps: validation Dice 0.85; with 1 and train.lr 2.5 times higher, 0.27 after 120."""
         weighting: Weighting = "equal"
         """How the losses become one (`weighting.py`)."""
         freeze_encoder: bool = False
@@ -54,6 +61,8 @@ class JointTask(nn.Module):
         super().__init__()
         self.config = config
         self.model = config.model.build(encoder, classes)
+        segmenter = self.model.segmenter
+        (segmenter.head if config.model.architecture == "dense" else segmenter).rate_scale = config.segment_rate
         self.weights = LossWeights((FIELD, WARPED, LABELS) if config.guided else (FIELD, LABELS), config.weighting)
         if config.freeze_encoder:
             for one in self.model.encoders():
@@ -135,13 +144,12 @@ def warped_dice(
     """Soft Dice of moving labels where the field finds them with the fixed ones, mean over the fixed scan's classes.
 
     One-hot maps, read linearly: the gradient in the field lives at the labels' borders. Voxels of IGNORE_LABEL count
-    neither where they are fixed nor where a field leads to them, nor those that lead out of what is `seen`. 1 is a
-    perfect match; no known voxel of a class gives 1.
+    neither where they are fixed nor where a field leads to them, nor those that lead out of what is `seen` or of the
+    grid. 1 is a perfect match; no known voxel of a class gives 1.
     """
     known_there = (moving != IGNORE_LABEL)[:, None]
     if seen is not None:
         known_there = known_there & seen
-    maps = torch.cat([one_hot(moving.long(), classes + 1), known_there], dim=1)
-    warped = warp(maps.float(), v_vox)
-    known = (fixed != IGNORE_LABEL)[:, None] & (warped[:, -1:] > 0.99)
-    return mean_dice(warped[:, :-1] * known, one_hot(fixed.long(), classes + 1) & known, empty=1.0)
+    warped = warp(one_hot(moving.long(), classes + 1).float(), v_vox)
+    known = (fixed != IGNORE_LABEL)[:, None] & (warp(known_there.float(), v_vox.detach(), padding="zeros") > 0.99)
+    return mean_dice(warped * known, one_hot(fixed.long(), classes + 1) & known, empty=1.0)

@@ -22,6 +22,9 @@ TEMPERATURE = 2.0
 class LossWeights(nn.Module):
     """Weighs named losses. A step may lack some (nobody drew its pairs' lobes): these count neither then nor later."""
 
+    rate_scale = 10.0
+    """Of the learning rate (`param_groups`): at 1 a variance hardly moves in some hundred steps. Ours."""
+
     def __init__(self, names: tuple[str, ...], how: Weighting, *, window: int = 20) -> None:
         """`window`: steps of `dwa`'s means; those that bring a loss. Ours, not tuned."""
         super().__init__()

@@ -71,7 +71,7 @@ def _one_way(
     rim = F.max_pool3d(lung, 3, stride=1, padding=1)
     terms = warp_loss_terms(moving, v_vox, weight=rim, with_bending=True)
     assert terms.bending is not None
-    counts = rim * (warp(seen, v_vox.detach()) > 0.99)
+    counts = rim * (warp(seen, v_vox.detach(), padding="zeros") > 0.99)
     similarity = lncc(fixed, terms.warped, window=weights.window, eps=EPS, mask=counts).sum()
     smooth = weights.diffusion * terms.diffusion + weights.bending * terms.bending
     loss = 1 - similarity + (smooth + weights.folding * terms.folding).sum()

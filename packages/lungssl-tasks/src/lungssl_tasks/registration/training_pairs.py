@@ -4,6 +4,7 @@ Stateless: sample i is a function of the seed and i alone.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -85,14 +86,19 @@ class TrainingPairs:
         jitter: AffineJitter | None = None,
         with_truth: bool = False,
         labelled: Collection[str] = (),
+        labelled_share: float = 0.0,
     ) -> None:
         """`multiple`: of the grids' sides. Without `jitter` the affine is as found. `labelled`: the patients whose
-        lobes are given. ValueError for no patient.
+        lobes are given; `labelled_share` of the samples are drawn from these alone, evenly spread. ValueError for no
+        patient, and for a share outside [0, 1] or of nobody.
         """
         if not patients:
             raise ValueError("no patient has both phases; a registration network needs pairs")
         self.cache, self.patients, self.multiple, self.seed = cache, patients, multiple, seed
         self.jitter, self.with_truth, self.labelled = jitter, with_truth, frozenset(labelled)
+        if not 0 <= labelled_share <= 1 or (labelled_share and not labelled):
+            raise ValueError(f"labelled_share {labelled_share} of {len(labelled)} labelled patients, expected 0 to 1")
+        self.labelled_share = labelled_share
         self._affines: dict[str, Float[ndarray, "3 4"]] = {}
 
     def __len__(self) -> int:
@@ -102,11 +108,18 @@ class TrainingPairs:
         """Micro-batch `index` of `size` pairs."""
         return [self.pair(index * size + k) for k in range(size)]
 
+    def patient(self, index: int) -> str:
+        """Whose pair sample `index` is."""
+        before, after = (math.floor(count * self.labelled_share) for count in (index, index + 1))
+        special = after > before
+        among = [one for one in self.patients if one in self.labelled] if special else self.patients
+        turn, place = divmod(before if special else index - before, len(among))
+        order = np.random.default_rng([self.seed, turn, *([2] if special else [])]).permutation(len(among))
+        return among[order[place]]
+
     def pair(self, index: int) -> TrainingPair:
         """Sample `index`."""
-        turn, place = divmod(index, len(self.patients))
-        order = np.random.default_rng([self.seed, turn]).permutation(len(self.patients))
-        patient = self.patients[order[place]]
+        patient = self.patient(index)
         held = self.cache[patient]
         fixed, moving = held.scan("exhale"), held.scan("inhale")
         if patient not in self._affines:
