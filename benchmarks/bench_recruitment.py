@@ -9,12 +9,13 @@ noise, airways and vessels, all through files, as a user would:
     mixed    lobes by a model of the built-in kind of cohort, a third of them ARDS
     ards     lobes by a model of ARDS alone
     air      lungs found by their air, taken for whole ones: the mistake that `analyze` refuses to make
+    constant no scan at all: for each phantom the mean truth of the others, which an error must beat to mean something
 
 `net_recruited_percent` of lung mass against the noise-free truth, mean absolute error beside the smallest real
-difference that readers and machines reach (5.9 %, CREATIS 2023); recruited gas and tissue by place, which need the
-registration (`--preset`), too. The same models on a real scan (LIDC-IDRI 0001 in `../shared/data`, if there),
-whose lobes are TotalSegmentator's: what phantoms alone teach of people. `--runs` keeps the models, or takes those that
-are there. Results in `results/recruitment.json`; the last line is one JSON object.
+difference that readers and machines reach (5.9 %, CREATIS 2023), and correlation; recruited gas and tissue by place,
+which need the registration (`--preset`), too. The same models on a real scan (LIDC-IDRI 0001 in `../shared/data`, if
+there), whose lobes are TotalSegmentator's: what phantoms alone teach of people. `--runs` keeps the models, or takes
+those that are there. Results in `results/recruitment.json`; the last line is one JSON object.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def main() -> None:
             for masks in MASKS:
                 rows.append(judged(phantom, masks, folder, models, options.preset) | {"seed": seed})
                 say(json.dumps(rows[-1]))
-    held = {masks: summary([row for row in rows if row["masks"] == masks]) for masks in MASKS}
+    rows += constants([row for row in rows if row["masks"] == "truth"])
+    held = {masks: summary([row for row in rows if row["masks"] == masks]) for masks in (*MASKS, "constant")}
     result = {
         "benchmark": "recruitment",
         "summary": held,
@@ -101,10 +103,9 @@ def main() -> None:
         "smallest_real_difference_percent": RECRUITMENT["machine"].value,
         "training": {
             "cohorts": {kind: cohort.name() for kind, cohort in cohorts.items()},
-            "steps": options.steps,
+            "runs": {kind: what_made(model) for kind, model in models.items()},
             "seconds": round(training_s),
             "overrides": RECIPE,
-            "encoder": options.encoder is not None,
         },
         "preset": options.preset,
         "spacing_mm": options.spacing_mm,
@@ -118,7 +119,12 @@ def main() -> None:
     checks = {
         f"{kind}_within_smallest_real_difference": held[kind][error] < RECRUITMENT["machine"].value for kind in models
     }
-    ratios = {f"{kind}_vs_air": round(held["air"][error] / held[kind][error], 2) for kind in models}
+    checks |= {f"{kind}_better_than_a_constant": held[kind][error] < held["constant"][error] for kind in models}
+    ratios = {
+        f"{kind}_vs_{rival}": round(held[rival][error] / held[kind][error], 2)
+        for kind in models
+        for rival in ("air", "constant")
+    }
     print(json.dumps({"benchmark": "recruitment", "ratios": ratios, "checks": checks, "summary": held, "real": real}))
 
 
@@ -129,6 +135,26 @@ def train(cohort: CohortConfig, run: Path, steps: int, encoder: Path | None) -> 
     weights = None if encoder is None else encoder_file(encoder)
     data = builtin_cohort(cohort, say=say)
     finetune_segment(recipe, data=data, out=run, encoder=weights, labels=Labels(), judged=("val",))
+
+
+def what_made(model: Path) -> dict[str, Any]:
+    """Steps and encoder of a lobe model's run, as it says itself."""
+    held = json.loads((model / "summary.json").read_text())
+    return {"steps": held["step"], "encoder_sha256": held["encoder_sha256"]}
+
+
+def constants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each phantom, the mean truth of the others in place of a measurement."""
+    names = [name.removesuffix("_truth") for name in rows[0] if name.endswith("_truth")]
+    return [
+        {"masks": "constant", "seed": one["seed"], "seconds": 0.0}
+        | {
+            name: round(fmean(row[f"{name}_truth"] for row in rows if row is not one or len(rows) == 1), 2)
+            for name in names
+        }
+        | {f"{name}_truth": one[f"{name}_truth"] for name in names}
+        for one in rows
+    ]
 
 
 def real_lobes(model: Path) -> dict[str, dict[str, float]]:
@@ -189,6 +215,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         errors = np.array([row[name] - row[f"{name}_truth"] for row in rows])
         held |= {f"{name}_error": round(float(abs(errors).mean()), 2), f"{name}_bias": round(float(errors.mean()), 2)}
         held[f"{name}_largest_error"] = round(float(abs(errors).max()), 2)
+        truth = np.array([row[f"{name}_truth"] for row in rows])
+        if len(rows) > 2 and rows[0]["masks"] != "constant":  # a mean of the others falls as the truth rises
+            held[f"{name}_correlation"] = round(float(np.corrcoef(truth + errors, truth)[0, 1]), 3)
         held[f"{name}_truth"] = round(fmean(row[f"{name}_truth"] for row in rows), 2)
     return held | {"seconds": round(fmean(row["seconds"] for row in rows), 1)}
 

@@ -52,6 +52,7 @@ def analysed(patient: Path) -> Path:
     save_encoder(create_backbone("resenc_tiny", spacing_mm=4.0, widths=(8, 8, 8), depths=(1, 1, 1)), encoder)
     images = ["--exhale", patient / "exhale.nii.gz", "--inhale", patient / "inhale.nii.gz", *lobes(patient)]
     more = ["-o", page, "--preset", "fast", "--maps", patient.parent / "maps", "--encoder", encoder]
+    more += ["--exhale-landmarks", patient / "landmarks.csv", "--inhale-landmarks", patient / "landmarks.csv"]
     assert main(["analyze", *map(str, [*images, *more])]) == 0
     return page
 
@@ -184,9 +185,34 @@ def test_swapped_phases_are_doubted(patient: Path, tmp_path: Path, capsys: pytes
     assert "are the scans swapped?" in capsys.readouterr().out
 
 
+def test_landmarks_are_joined_and_judged(analysed: Path) -> None:
+    held = json.loads(analysed.with_suffix(".json").read_text())
+    errors = held["registration"]["landmarks"]
+    assert errors["points"] > 100 and errors["mean_mm"] < 0.5 * errors["identity_mm"]
+    told = next(check for check in held["checks"] if check["name"] == "landmarks")
+    assert told["found"].startswith(f"{errors['points']} missed by {errors['mean_mm']:.2f} mm")
+    assert (told["doubt"] is None) == (errors["mean_mm"] <= 2)
+    assert "Landmarks of exhale joined" in analysed.read_text()
+
+
+def test_landmarks_of_another_scan_are_refused(
+    patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = np.loadtxt(patient / "landmarks.csv", delimiter=",", skiprows=1)
+    header = (patient / "landmarks.csv").read_text().splitlines()[0]
+    turned = tmp_path / "ras.csv"
+    np.savetxt(
+        turned, points * [-1, -1, 1, -1, -1, 1] + [900, 0, 0, 900, 0, 0], "%.2f", ",", header=header, comments=""
+    )
+    files = ["--exhale-landmarks", turned, "--inhale-landmarks", patient / "landmarks.csv"]
+    assert analyze(patient, tmp_path / "page.html", *files) == 3
+    assert "ras.csv: point 1 lies beyond --exhale; points must be in LPS mm" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
+        (["--inhale-landmarks", "x.csv"], "--exhale-landmarks and --inhale-landmarks belong together"),
         (["--aerated-masks"], "about given masks"),
         (["--exhale-mask", "x.nii.gz"], "--exhale-mask and --inhale-mask belong together"),
         (["--preset", "fats"], "did you mean 'fast'"),

@@ -27,7 +27,7 @@ from numpy import ndarray
 
 from lungssl.errors import ConfigError, DataError
 from lungssl.quality import Check, checks
-from lungssl.registering import Registered, codes_of, lungs_of_lobes, preset_config, register_volumes
+from lungssl.registering import Registered, codes_of, lungs_of_lobes, preset_config, read_landmarks, register_volumes
 
 PADDED_HU = -3024
 """What scanners fill corners with: `prepare_scan` never mixes it into its neighbours."""
@@ -142,6 +142,7 @@ def analyse_files(
     exhale_lobes: Path | None = None,
     inhale_lobes: Path | None = None,
     model: Path | None = None,
+    landmarks: tuple[Path, Path] | None = None,
     aerated_masks: bool = False,
     preset: str = "default",
     prone: bool = False,
@@ -151,8 +152,9 @@ def analyse_files(
     """Register the pair and count what its lungs hold.
 
     Masks, lobes (1 RUL, 2 RML, 3 RLL, 4 LUL, 5 LLL) or a lobe `model` are taken to hold all of the lung, unless
-    `aerated_masks` says that they lack what isn't aerated; masks made without any of them do. Raises ConfigError for
-    options that don't fit together, DataError for scans or masks that can't be used, and what the readers raise.
+    `aerated_masks` says that they lack what isn't aerated; masks made without any of them do. `landmarks`: files of
+    points of exhale and, row by row, of inhale, only looked at when all is done. Raises ConfigError for options that
+    don't fit together, DataError for scans, masks or points that can't be used, and what the readers raise.
     """
     files = {
         "mask": {"exhale": exhale_mask, "inhale": inhale_mask},
@@ -170,6 +172,8 @@ def analyse_files(
     preset_config(preset)
     started = time.perf_counter()
     volumes = {"exhale": read_volume(exhale), "inhale": read_volume(inhale)}
+    by_role = {role: volumes[phase] for phase, role in ROLES.items()}
+    points = None if landmarks is None else read_landmarks(landmarks, by_role, names=tuple(ROLES))
     lungs: dict[str, LabelMap] = {}
     lobes: dict[str, LabelMap | None] = {}
     for phase, volume in volumes.items():
@@ -186,9 +190,10 @@ def analyse_files(
         say(f"{phase}: lungs after {time.perf_counter() - started:.1f} s")
     _check_same_lungs(lungs)
     registered = register_volumes(
-        {role: volumes[phase] for phase, role in ROLES.items()},
+        by_role,
         {role: lungs[phase] for phase, role in ROLES.items()},
         preset=preset,
+        points=points,
         sided=True,
         device=device,
         say=lambda line: say(line.replace("fixed:", "exhale:").replace("moving:", "inhale:")),

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Registered:
     """Of registering, reading files not counted."""
     landmarks: LandmarkErrors | None = None
     """Of points that were given of both scans."""
+    points_mm: tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]] | None = None
+    """These points, LPS: of the fixed and of the moving scan."""
 
     def field(self, spacing_mm: float | None = None) -> tuple[Float32[ndarray, "3 z y x"], Geometry]:
         """u on the fixed image's grid, or on one of about `spacing_mm` with the same first voxel and directions."""
@@ -239,6 +241,7 @@ def register_volumes(
         preset=preset,
         seconds=time.perf_counter() - started,
         landmarks=None if points is None else landmark_errors(points[0] + found.at(points[0]), points[1], points[0]),
+        points_mm=points,
     )
 
 
@@ -263,9 +266,12 @@ def preset_config(name: str) -> RegistrationConfig:
 
 
 def read_landmarks(
-    paths: tuple[Path, Path], volumes: Mapping[str, Volume]
+    paths: tuple[Path, Path], volumes: Mapping[str, Volume], *, names: Sequence[str] = ("fixed", "moving")
 ) -> tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]]:
-    """Points of the fixed and of the moving scan, LPS mm; DataError where they aren't as many, or lie beyond it."""
+    """Points of the fixed and of the moving scan, LPS mm; DataError where they aren't as many, or lie beyond it.
+
+    `names`: of the options by which the scans were given.
+    """
     here, there = (
         read_points(path, volumes[role].geometry, of=phase)
         for path, role, phase in zip(paths, ("fixed", "moving"), ("exhale", "inhale"), strict=True)
@@ -274,10 +280,10 @@ def read_landmarks(
         raise DataError(
             f"{paths[0].name} has {len(here)} points and {paths[1].name} {len(there)}; row by row they must be the same"
         )
-    for path, role, points in zip(paths, ("fixed", "moving"), (here, there), strict=True):
+    for path, role, name, points in zip(paths, ("fixed", "moving"), names, (here, there), strict=True):
         if (outside := beyond(points, volumes[role].geometry)).any():
             raise DataError(
-                f"{path.name}: point {int(np.argmax(outside)) + 1} lies beyond --{role}; points must be in LPS mm "
+                f"{path.name}: point {int(np.argmax(outside)) + 1} lies beyond --{name}; points must be in LPS mm "
                 f"(in RAS the signs of x and y are turned)"
             )
     return here, there

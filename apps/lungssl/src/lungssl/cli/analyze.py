@@ -29,6 +29,10 @@ def analyze(
     model: Annotated[
         Path | None, typer.Option(help="A run of `finetune segment`: its lobes in place of masks.")
     ] = None,
+    exhale_landmarks: Annotated[
+        Path | None, typer.Option(help="Points of --exhale (.csv, .txt, .pts, LPS mm) to judge by; with the next one.")
+    ] = None,
+    inhale_landmarks: Annotated[Path | None, typer.Option(help="Where they are in --inhale, row by row.")] = None,
     aerated_masks: Annotated[
         bool, typer.Option("--aerated-masks", help="The masks lack what isn't aerated: no recruitment is given.")
     ] = False,
@@ -73,6 +77,8 @@ def analyze(
         return
     if exhale is None or inhale is None:
         raise ConfigError("give --exhale and --inhale, or --cohort with a folder of analyses")
+    if (exhale_landmarks is None) != (inhale_landmarks is None):
+        raise ConfigError("--exhale-landmarks and --inhale-landmarks belong together; give both or neither")
     tables = output.with_suffix(".json"), output.with_suffix(".csv")
     for path in (output, *tables):
         if path.exists() and not overwrite:
@@ -89,7 +95,8 @@ def analyze(
 
     written = {path.resolve() for path in (output, *tables)}
     written |= set() if maps is None else {(maps / name).resolve() for name in analyzing.MAPS}
-    for path in (exhale, inhale, exhale_mask, inhale_mask, exhale_lobes, inhale_lobes):
+    points = (exhale_landmarks, inhale_landmarks)
+    for path in (exhale, inhale, exhale_mask, inhale_mask, exhale_lobes, inhale_lobes, *points):
         if path is not None and path.resolve() in written:
             raise ConfigError(f"{path} is an input and would be written over; name another output")
 
@@ -102,6 +109,9 @@ def analyze(
         exhale_lobes=exhale_lobes,
         inhale_lobes=inhale_lobes,
         model=model,
+        landmarks=None
+        if exhale_landmarks is None or inhale_landmarks is None
+        else (exhale_landmarks, inhale_landmarks),
         aerated_masks=aerated_masks,
         preset=preset,
         prone=prone,

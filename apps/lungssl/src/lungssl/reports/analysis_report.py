@@ -18,6 +18,7 @@ from lungssl.reports.analysis_figures import compartments_figure, motion_figure,
 from lungssl.reports.analysis_viewer import analysis_viewer
 from lungssl.reports.feature_colours import feature_colours
 from lungssl.reports.figures import features_figure, png
+from lungssl.reports.matches_figure import matches_figure
 from lungssl.training.run_folder import environment
 
 FIGURES = {
@@ -69,6 +70,7 @@ def write_report(found: Analysed, path: Path, *, viewer: bool = True, encoder: n
         "viewer": Markup(analysis_viewer(found)) if viewer else "",
         "planes": png(planes_figure(found), dpi=80),
         "motion": png(motion_figure(found), dpi=80),
+        "matches": None if found.registered.points_mm is None else png(matches_figure(found), dpi=80),
         "features": None if encoder is None else features_of(found, encoder),
         "compartments": png(compartments_figure(found), dpi=90),
         "voxel_mm": f"{found.scans['exhale'].spacing_mm[0]:g}",
