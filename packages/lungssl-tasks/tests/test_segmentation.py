@@ -87,6 +87,25 @@ def test_a_tiny_volume_is_learnt_to_dice_090(tiny_encoder: Callable) -> None:
     assert task.eval()(batch, 120).metrics["dice"] >= 0.9
 
 
+def test_coarser_levels_are_taught_and_the_model_stays_the_same(tiny_encoder: Callable) -> None:
+    image, labels = _two_organs()
+    torch.manual_seed(0)
+    plain = SegmentationTask.Config(decoder=SMALL).build(tiny_encoder((4,)), 2)
+    deep = SegmentationTask.Config(decoder=SMALL, deep_levels=1).build(tiny_encoder((4,)), 2)
+    deep.model.load_state_dict(plain.model.state_dict())
+    levels = plain.model.levels(image, plain.model.encoder(image).pyramid)
+    assert [tuple(levels[stride].shape[2:]) for stride in (4, 2, 1)] == [(3, 4, 6), (6, 8, 12), (12, 16, 24)]
+    coarse = deep.deep["2"](levels[2])
+    every = torch.ones(1, 12, 16, 24, dtype=torch.bool)
+    corner = labels[:, 1::2, 1::2, 1::2]
+    extra = dice_ce_loss(coarse, corner, every[:, 1::2, 1::2, 1::2])[0]
+    alone, both = plain(_batch(image, labels), 0), deep(_batch(image, labels), 0)
+    torch.testing.assert_close(both.loss, (alone.loss + extra / 2) / 1.5)
+    assert both.metrics["dice"] == alone.metrics["dice"]
+    with pytest.raises(ValueError, match="deep_levels must be 0 to 1 on this encoder, got 2"):
+        SegmentationTask.Config(decoder=SMALL, deep_levels=2).build(tiny_encoder((4,)), 2)
+
+
 def test_loss_of_uniform_logits_is_as_computed_by_hand() -> None:
     # 24 voxels, 6 of class 1, 12 of class 2, p = 1/3: Dice 2*2 / (8 + 6) and 2*4 / (8 + 12), cross-entropy ln 3
     labels = torch.zeros(1, 2, 3, 4, dtype=torch.uint8)

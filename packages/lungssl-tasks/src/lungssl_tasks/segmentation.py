@@ -4,7 +4,8 @@ Sources: U-Net, Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597; decod
 al. 2021, doi:10.1038/s41592-020-01008-z; image skips where a transformer has no fine features, Hatamizadeh et al. 2022
 (UNETR), https://arxiv.org/abs/2103.10504.
 Differs from them: GroupNorm for InstanceNorm and no norm before the first nonlinearity (absolute HU survive, and maps
-of one voxel work); one convolution per decoder level, as nnU-Net's ResEnc plans have; no deep supervision.
+of one voxel work); one convolution per decoder level, as nnU-Net's ResEnc plans have; deep supervision only if asked
+for.
 Axes: b batch, c channels, k classes with background first, z y x voxels.
 """
 
@@ -101,10 +102,17 @@ class SegmentationModel(nn.Module):
         self, image: Float[Tensor, "b 1 z y x"], pyramid: tuple[Float[Tensor, "b _c _z _y _x"], ...]
     ) -> Float[Tensor, "b k z y x"]:
         """`forward` after the encoder, whose maps of `image` are `pyramid`."""
+        return self.head(self.levels(image, pyramid)[1])
+
+    def levels(
+        self, image: Float[Tensor, "b 1 z y x"], pyramid: tuple[Float[Tensor, "b _c _z _y _x"], ...]
+    ) -> dict[int, Float[Tensor, "b _d _u _v _w"]]:
+        """The decoder's maps by stride, from the encoder's coarsest to 1."""
         skips, features = self.skips(image, pyramid), pyramid[-1]
+        found = {self.encoder_strides[-1]: features}
         for stride in self.up:
-            features = self.level(int(stride), features, skips)
-        return self.head(features)
+            found[int(stride)] = features = self.level(int(stride), features, skips)
+        return found
 
     def skips(
         self, image: Float[Tensor, "b 1 z y x"], pyramid: tuple[Float[Tensor, "b _c _z _y _x"], ...]
@@ -136,6 +144,9 @@ class SegmentationTask(nn.Module):
 
         decoder: SegmentationModel.Config = SegmentationModel.Config()
         """Size of the decoder."""
+        deep_levels: int = 0
+        """Coarser levels of the decoder that are taught the labels, too: deep supervision, as in nnU-Net, where each
+        counts half of the next finer. MEASURED."""
         freeze_encoder: bool = False
         """Train the decoder only; the encoder stays in eval mode."""
 
@@ -144,9 +155,16 @@ class SegmentationTask(nn.Module):
             return SegmentationTask(self, encoder, classes)
 
     def __init__(self, config: Config, encoder: Encoder, classes: int) -> None:
+        """Raises ValueError where the decoder has fewer levels than are to be taught, and as the model does."""
         super().__init__()
         self.config = config
         self.model = config.decoder.build(encoder, classes)
+        strides = sorted(int(stride) for stride in self.model.up)[1:]
+        if not 0 <= config.deep_levels <= len(strides):
+            raise ValueError(f"deep_levels must be 0 to {len(strides)} on this encoder, got {config.deep_levels}")
+        self.deep = nn.ModuleDict(
+            {str(s): nn.Conv3d(self.model.width_at(s), classes + 1, 1) for s in strides[: config.deep_levels]}
+        )
         if config.freeze_encoder:
             self.model.get_submodule("encoder").requires_grad_(False)
 
@@ -160,7 +178,8 @@ class SegmentationTask(nn.Module):
     def forward(self, batch: PairBatch, step: int) -> StepOutput:
         """Soft Dice + cross-entropy over the measured, annotated voxels of all global views.
 
-        Metrics: `loss`, `cross_entropy` (nats), `dice` (hard, mean over the foreground classes in the batch).
+        Metrics: `loss`; of the finest level `cross_entropy` (nats) and `dice` (hard, mean over the foreground classes
+        in the batch).
         Raises ValueError where no global view carries labels, or a label is larger than `classes`.
         """
         views = [view for view in batch.global_views() if view.labels is not None]
@@ -177,12 +196,19 @@ class SegmentationTask(nn.Module):
                 f"label {largest} in the batch, but the model has classes 1 to {self.model.classes}; "
                 f"build it with more classes, or map the labels (unknown voxels: {IGNORE_LABEL})"
             )
-        logits = self.model(image).float()  # bf16 would round class probabilities to 3 digits
+        levels = self.model.levels(image, self.model.encoder(image).pyramid)
+        logits = self.model.head(levels[1]).float()  # bf16 would round class probabilities to 3 digits
         loss, cross_entropy = dice_ce_loss(logits, labels, known)
+        total = loss
+        for stride, head in self.deep.items():
+            s = int(stride)
+            at = (slice(None), *[slice(s // 2, None, s)] * 3)
+            total = total + dice_ce_loss(head(levels[s]).float(), labels[at], known[at])[0] / s
+        total = total / (1 + sum(1 / int(stride) for stride in self.deep))
         return StepOutput(
-            loss=loss,
+            loss=total,
             metrics={
-                "loss": loss.detach(),
+                "loss": total.detach(),
                 "cross_entropy": cross_entropy.detach(),
                 "dice": hard_dice(logits.detach(), labels, known),
             },
