@@ -66,6 +66,10 @@ def test_a_joint_model_is_trained_scored_and_registers(
     held = json.loads((scores / "summary.json").read_text())
     assert held["warped"] == whole["warped"] and held["predicted"] == whole["predicted"]
     assert held["cross_stitch"] == stitches
+    assert main([*evaluate, "--raw", "--overwrite"]) == 0
+    with_islands = json.loads((scores / "summary.json").read_text())
+    assert with_islands["warped"] == held["warped"] and with_islands["predicted"] != held["predicted"]
+    capsys.readouterr()
     rows = list(csv.DictReader((scores / "warped" / "scores.csv").read_text().splitlines()))
     assert [(row["patient"], row["phase"], row["name"]) for row in rows][:2] == [
         ("p3", "exhale", "RUL"),

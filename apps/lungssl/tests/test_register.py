@@ -202,6 +202,8 @@ def test_a_network_is_trained_judged_and_used(
     assert summary["patients"] == ["p1"] and 0 < summary["val"]["error_mm"] < 50
 
     evaluate = ["evaluate", "--data", str(cohort)]
+    assert main([*evaluate, "--model", str(tmp_path / "net"), "--raw", "--out", str(tmp_path / "a")]) == 2
+    assert "--raw is for models of lobes or lungs" in capsys.readouterr().err
     assert (
         main([*evaluate, "--model", str(tmp_path / "net"), "--register", "coarse", "--out", str(tmp_path / "a")]) == 0
     )

@@ -17,6 +17,7 @@ from lungssl_tasks.joint.inference import predicted_labels, warped_labels
 from lungssl_tasks.joint.model import JointModel
 from lungssl_tasks.metrics import segmentation_scores
 from lungssl_tasks.registration import PRESETS, register
+from lungssl_tasks.tidying import tidy
 
 from lungssl import evaluation, registration_scoring
 from lungssl.errors import DataError
@@ -44,13 +45,14 @@ def score_joint(
     *,
     names: Mapping[int, str],
     preset: str = "coarse",
+    raw: bool = False,
     device: torch.device,
     say: Callable[[str], None],
 ) -> JointScores:
     """Scores of pairs, as far as the cache knows the truth: lobes of both phases, landmarks, displacements.
 
-    The field is the network's answer (`coarse`), or what descent makes of it (other presets). Raises DataError where
-    nothing is known of any patient.
+    The field is the network's answer (`coarse`), or what descent makes of it (other presets). Predicted lobes have no
+    islands (`tidy`) unless they are asked for `raw`. Raises DataError where nothing is known of any patient.
     """
     model.to(device).eval()
     predicted, warped, pairs = [], [], []
@@ -69,7 +71,8 @@ def score_joint(
         pairs += registration_scoring.score_pair(patient, fixed, found, known, seconds)
         answers = {}
         if fixed.lobes is not None:
-            answers["predicted"] = (predicted, predicted_labels(model, fixed, moving, found.affine))
+            labels = predicted_labels(model, fixed, moving, found.affine)
+            answers["predicted"] = (predicted, labels if raw else tidy(labels))
             if moving.lobes is not None:
                 answers["warped"] = (warped, warped_labels(found, fixed, moving))
         dice = {}

@@ -66,8 +66,8 @@ def evaluate(
         raise ConfigError(f"--register {register!r} is unknown{did_you_mean(register, PRESETS)}")
     if register is not None and model is not None and not network:
         raise ConfigError(f"--register with --model {model}: it is no registration network; leave one of them out")
-    if raw and (register is not None or written in (REGISTRATION_FORMAT, JOINT_FORMAT, COSEGMENTATION_FORMAT)):
-        raise ConfigError("--raw is for models of `finetune segment`: of others no islands are removed; leave it out")
+    if raw and (written in (None, REGISTRATION_FORMAT, COSEGMENTATION_FORMAT)):
+        raise ConfigError("--raw is for models of lobes or lungs: of others no islands are removed; leave it out")
     if encoder is not None and (register is None or model is not None):
         raise ConfigError("--encoder belongs to --register PRESET without --model")
     if data is None:
@@ -88,7 +88,7 @@ def evaluate(
         check_spacing(f"--model {model}", both.encoder.spacing_mm, cache)
         patients = [p for p in cache.patients if split in ("all", cache.record(p).split)]
         judged = joint_scoring.score_joint(
-            both, cache, patients, names=names, preset=register or "coarse", device=where, say=print
+            both, cache, patients, names=names, preset=register or "coarse", raw=raw, device=where, say=print
         )
         matrices = joint_scoring.stitches(both)
         joint_scoring.write_scores(out, judged, matrices)

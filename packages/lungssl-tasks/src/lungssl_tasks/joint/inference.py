@@ -9,13 +9,12 @@ from numpy import ndarray
 from lungssl_tasks.joint.model import JointModel
 from lungssl_tasks.registration import Registration
 from lungssl_tasks.registration.common_grid import common_grid, labels_at, unit_to_mm
-from lungssl_tasks.tidying import tidy
 
 
 def predicted_labels(
     model: JointModel, fixed: PhaseScan, moving: PhaseScan, affine: Float[ndarray, "3 4"]
 ) -> UInt8[ndarray, "z y x"]:
-    """The likeliest label of every fixed voxel without islands (`tidy`), after an affine, fixed to moving LPS mm.
+    """The likeliest label of every fixed voxel, 0 background, after an affine, fixed to moving LPS mm.
 
     On the model's device, left in eval mode; scans have the encoder's voxels.
     """
@@ -26,7 +25,7 @@ def predicted_labels(
         output = model(pair.fixed_hu, pair.fixed_lung, pair.moving_hu, pair.moving_lung)
         chosen = output.fixed_logits[0].max(dim=0).indices.to(torch.uint8)
     z, y, x = fixed.ct_hu.shape
-    return tidy(chosen[:z, :y, :x].cpu().numpy())
+    return chosen[:z, :y, :x].cpu().numpy()
 
 
 def warped_labels(found: Registration, fixed: PhaseScan, moving: PhaseScan) -> UInt8[ndarray, "z y x"]:
