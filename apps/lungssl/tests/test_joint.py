@@ -13,8 +13,10 @@ from lungssl_data.cache import write_pair
 from lungssl_data.field import read_field
 from lungssl_data.pair import Split
 from lungssl_data.phantom import PhantomConfig, make_phantom
-from lungssl_data.readers import write_labels, write_volume
+from lungssl_data.readers import read_labels, write_labels, write_volume
 from lungssl_data.volume import LabelMap
+from lungssl_tasks.aeration.parts import LOBE_NAMES
+from lungssl_tasks.metrics import segmentation_scores
 from lungssl_tasks.registration import RegistrationConfig
 from lungssl_tasks.registration.descent import DescentConfig
 
@@ -89,10 +91,19 @@ def test_a_joint_model_is_trained_scored_and_registers(
     fields = []
     for name, model in (("joint", ["--model", str(run)]), ("search", [])):
         files_out = ["-o", str(tmp_path / f"{name}.mha"), "--preset", "coarse"]
-        assert main(["register", *files, *files_out, *model]) == 0
+        asked = ["--lobes", str(tmp_path / f"{name}_lobes.nii.gz")] if model else []
+        assert main(["register", *files, *files_out, *model, *asked]) == 0
         assert ("network after" in capsys.readouterr().out) == (name == "joint")
         fields.append(read_field(tmp_path / f"{name}.mha")[0])
     assert (fields[0] != fields[1]).any()
+    found = read_labels(tmp_path / "joint_lobes.nii.gz")
+    assert np.allclose(found.geometry.index_to_mm(), phantom.exhale.ct.geometry.index_to_mm())
+    alone = segmentation_scores(found.labels, phantom.exhale.lobes, spacing_mm=(8.0,) * 3, labels=LOBE_NAMES)
+    predicted = whole["predicted"]["all"]["dice"]["mean"]  # of the same patient in the cache
+    assert np.mean([one.dice for one in alone]) == pytest.approx(predicted, abs=0.02)
+    asked = ["-o", str(tmp_path / "again.mha"), "--lobes", str(tmp_path / "x.nii.gz")]
+    assert main(["register", *files, *asked]) == 2
+    assert "--lobes needs --model RUN of `finetune joint`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,14 @@ from lungssl_data.readers import read_labels, read_volume
 from lungssl_data.resample import resample_labels
 from lungssl_data.volume import Geometry, LabelMap, Volume
 from lungssl_ops.warp import jacobian_determinant
+from lungssl_tasks.joint.inference import predicted_labels
+from lungssl_tasks.joint.model import JointModel
 from lungssl_tasks.model_folder import load_displacements
 from lungssl_tasks.registration import PRESETS, Registration, RegistrationConfig, register
 from lungssl_tasks.registration.network import DisplacementModel, predict
 from lungssl_tasks.registration.register import Start
 from lungssl_tasks.registration.scores import LandmarkErrors, landmark_errors
+from lungssl_tasks.tidying import tidy
 from numpy import ndarray
 from torch import nn
 
@@ -63,6 +66,8 @@ class Registered:
     """Of points that were given of both scans."""
     points_mm: tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]] | None = None
     """These points, LPS: of the fixed and of the moving scan."""
+    lobes: LabelMap | None = None
+    """Of the fixed scan on its own grid, as a joint model sees them; without islands."""
 
     def field(self, spacing_mm: float | None = None) -> tuple[Float32[ndarray, "3 z y x"], Geometry]:
         """u on the fixed image's grid, or on one of about `spacing_mm` with the same first voxel and directions."""
@@ -242,7 +247,14 @@ def register_volumes(
         seconds=time.perf_counter() - started,
         landmarks=None if points is None else landmark_errors(points[0] + found.at(points[0]), points[1], points[0]),
         points_mm=points,
+        lobes=_lobes(network, seen, found, volumes["fixed"].geometry) if isinstance(network, JointModel) else None,
     )
+
+
+def _lobes(network: JointModel, scans: Mapping[str, PhaseScan], found: Registration, grid: Geometry) -> LabelMap:
+    labels = tidy(predicted_labels(network, scans["fixed"], scans["moving"], found.affine))
+    own = LabelMap(labels=labels, geometry=scans["fixed"].geometry())
+    return LabelMap(labels=resample_labels(own, grid), geometry=grid)
 
 
 def codes_of(mask: LabelMap) -> set[int]:

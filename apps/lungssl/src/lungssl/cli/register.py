@@ -43,6 +43,9 @@ def register(
             help="Also write the change of volume, on the cubes registered: 2 where it doubles, 0 beyond the lung."
         ),
     ] = None,
+    lobes: Annotated[
+        Path | None, typer.Option(help="Also write the lobes of --fixed, where --model is one of `finetune joint`.")
+    ] = None,
     summary: Annotated[Path | None, typer.Option(help="Also write figures and doubts as .json.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also write a .png to look at.")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an .html page: picture, figures, doubts.")] = None,
@@ -58,14 +61,17 @@ def register(
     """
     from lungssl_data import field as fields
     from lungssl_data import readers
+    from lungssl_tasks.model_folder import JOINT_FORMAT, model_format
 
     from lungssl.errors import ConfigError
+    from lungssl.segmenting import model_folder
 
     endings = {
         "-o": (output, fields.WRITABLE),
         "--inverse": (inverse, fields.WRITABLE),
         "--warped": (warped, readers.WRITABLE),
         "--jacobian": (jacobian, readers.WRITABLE),
+        "--lobes": (lobes, readers.WRITABLE),
         "--summary": (summary, (".json",)),
         "--picture": (picture, (".png",)),
         "--report": (report, (".html",)),
@@ -92,6 +98,9 @@ def register(
     if encoder is None and encoder_share is not None:
         raise ConfigError("--encoder-share needs --encoder: without one MIND-SSC has all of the search's cost")
 
+    if lobes is not None and (model is None or model_format(model_folder(model)) != JOINT_FORMAT):
+        raise ConfigError("--lobes needs --model RUN of `finetune joint`; lobes of one scan: lungssl segment")
+
     from lungssl import registering
 
     found = registering.register_files(
@@ -117,6 +126,9 @@ def register(
         readers.write_volume(warped, registering.warp_volume(found.moving, *whole))
     if jacobian is not None:
         readers.write_floats(jacobian, *found.jacobian())
+    if lobes is not None:
+        assert found.lobes is not None
+        readers.write_labels(lobes, found.lobes)
     if summary is not None:
         registering.write_summary(found, summary)
     if picture is not None:
