@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from lungssl_ops.ema import ema_update_
 from lungssl_ops.ema.reference import ema_update_reference_
 from torch import Tensor
@@ -53,3 +54,24 @@ def test_momentum_and_lists_are_checked() -> None:
         ema_update_([torch.ones(2)], [torch.ones(2)], 1.5)
     with pytest.raises(ValueError, match="got 1 and 2 tensors"):
         ema_update_([torch.ones(2)], [torch.ones(2), torch.ones(2)], 0.5)
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+def test_what_ranks_share_out_is_moved_in_its_parts() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        (expected, *_), (student, *_) = _parameters(0), _parameters(1)
+        parts = [distribute_tensor(one, mesh, [Shard(0)]) for one in (expected.clone(), student)]
+        ema_update_([parts[0]], [parts[1]], 0.3)
+        ema_update_([expected], [student], 0.3)
+        assert torch.equal(parts[0].full_tensor(), expected)
+        with pytest.raises(ValueError, match="shared out over the ranks alike; shard both, or none"):
+            ema_update_([parts[0]], [distribute_tensor(student, mesh, [Replicate()])], 0.3)
+        with pytest.raises(ValueError, match="shared out over the ranks alike; shard both, or none"):
+            ema_update_([parts[0]], [student], 0.3)
+    finally:
+        dist.destroy_process_group()

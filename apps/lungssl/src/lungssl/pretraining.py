@@ -32,6 +32,7 @@ from lungssl.training.loop import FitResult, fit, micro_seed
 from lungssl.training.precision import autocast
 from lungssl.training.ranks import ALONE, Ranks, check_alone, joined
 from lungssl.training.run_folder import RunFolder
+from lungssl.training.sharding import blocks_of, check_shardable, is_sharded, let_go, sharded, whole_encoder
 from lungssl.training.step_cost import measure_steps
 from lungssl.training.watch import NotFiniteError
 
@@ -77,12 +78,17 @@ class Pretraining:
         alone = self.gather.alone() if isinstance(self.gather, RanksGather) else nullcontext()
         sampler = self.recipe.views.build()
         found: dict[int, dict[str, float]] = {}
+        indices = range(self.ranks.rank, len(self.held_out), self.ranks.size)
+        if is_sharded(self.method):  # passes need all ranks: who has no batch left repeats the last one
+            rounds = range(self.ranks.rank, len(self.held_out) + self.ranks.rank, self.ranks.size)
+            indices = [min(index, len(self.held_out) - 1) for index in rounds]
         with torch.no_grad(), autocast(self.device, self.recipe.train.precision), alone:
-            for index in range(self.ranks.rank, len(self.held_out), self.ranks.size):
+            for index in indices:
                 seed = micro_seed(_HELD_OUT, index)
                 torch.manual_seed(seed)
                 views = sampler(self.held_out[index].to(self.device), torch.Generator().manual_seed(seed))
                 found[index] = {name: float(value) for name, value in self.method(views, step).metrics.items()}
+        let_go(self.method)
         for others in self.ranks.all(found):
             found |= others
         totals: dict[str, float] = {}
@@ -98,21 +104,31 @@ class Pretraining:
         """
         if not self.probed:
             return None
-        if not self.ranks.first:
-            return lambda: self.ranks.from_first(dict)
-        precision = self.recipe.train.precision
+        precision, begun = self.recipe.train.precision, self.exported()
 
-        def encoder() -> nn.Module:
-            return self.method.export_encoder()  # pyright: ignore[reportCallIssue, reportReturnType]
+        def started() -> ProbeSet:
+            assert begun is not None
+            with autocast(self.device, precision):
+                return ProbeSet([self.sampler.plain(crops.to(self.device)) for crops in self.probed], begun)
 
-        with autocast(self.device, precision):
-            probe = ProbeSet([self.sampler.plain(crops.to(self.device)) for crops in self.probed], encoder())
+        probe = started() if self.ranks.first else None
 
         def figures() -> dict[str, float]:
-            with autocast(self.device, precision):
-                return probe.figures(encoder())
+            encoder = self.exported()
 
-        return lambda: self.ranks.from_first(figures)
+            def judged() -> dict[str, float]:
+                assert probe is not None and encoder is not None  # on the first rank
+                with autocast(self.device, precision):
+                    return probe.figures(encoder)
+
+            return self.ranks.from_first(judged)
+
+        return figures
+
+    def exported(self) -> nn.Module | None:
+        """The encoder to use downstream; of a sharded method a copy, on the first rank. For all ranks."""
+        encoder: nn.Module = self.method.export_encoder()  # pyright: ignore[reportCallIssue, reportAssignmentType]
+        return whole_encoder(encoder, self.ranks, self.device)
 
     def describe(self) -> str:
         """One line: patients, batch, parameters, device."""
@@ -124,6 +140,7 @@ class Pretraining:
             f"{len(self.crops)} training patients, {held_out} held out ({self.held_out_split}); {together} a step; "
             f"{trained / 1e6:.2f} M trained parameters; {self.device.type}"
             + (f"; {self.ranks.size} ranks" if self.ranks.size > 1 else "")
+            + (", sharded" if is_sharded(self.method) else "")
         )
 
 
@@ -162,7 +179,8 @@ def build_pretraining(
     if train.compile:
         for module in method.modules():  # a teacher's encoder, too
             if type(module) is type(encoder):
-                module.compile()
+                for part in blocks_of(module) if train.shard == "full" else [module]:  # what is gathered as one
+                    part.compile()
     split = "val" if usable_patients(cache, recipe.data, "val") else "train"
     # A cache of their own: open files are not to be shared with the thread that reads ahead. Seed 0 for every run, so
     # that runs with different seeds are judged on the same crops.
@@ -314,7 +332,11 @@ def _pretrain(
     recorded = (
         yaml.safe_load((out / "config.yaml").read_text("utf-8")) if resume and (out / "config.yaml").is_file() else None
     )
+    if recipe.train.shard == "full":
+        check_shardable(ranks)
     parts = build_pretraining(recipe, data, device=device, recorded=recorded, ranks=ranks)
+    if recipe.train.shard == "full":
+        parts = dataclasses.replace(parts, method=sharded(parts.method, ranks, parts.device))
     run = ranks.from_first(
         lambda: RunFolder.start(
             out,
@@ -352,18 +374,21 @@ def _pretrain(
     except NotFiniteError as error:
         run.say(f"to see where: lungssl pretrain {out / 'config.yaml'} --data {data} --replay {error.kept}")
         raise
-    return ranks.from_first(lambda: _finish(parts, run, result, started))
+    encoder = parts.exported()
+    return ranks.from_first(lambda: _finish(parts, encoder, run, result, started))
 
 
-def _finish(parts: Pretraining, run: RunFolder, result: FitResult, started: float) -> dict[str, Any]:
+def _finish(
+    parts: Pretraining, encoder: nn.Module | None, run: RunFolder, result: FitResult, started: float
+) -> dict[str, Any]:
     """Export the encoder, judge the run, write summary.json and return what it holds."""
     recipe = parts.recipe
     summary: dict[str, Any] = {"step": result.step, "stopped_by": result.stopped_by, "data": parts.fingerprint}
     summary |= {"alarms": list(result.alarms), "returns": list(result.returns)}
-    if result.stopped_by is None:
+    if result.stopped_by is None and encoder is not None:
         export = run.export / "encoder.safetensors"
         extra = {"method": recipe.method.name if recipe.method else "", "steps": str(result.step)}
-        save_encoder(parts.method.export_encoder(), export, extra=extra)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        save_encoder(encoder, export, extra=extra)
         summary |= {"held_out_split": parts.held_out_split, **judge(read_metrics(run.metrics), result.alarms)}
         run.say(f"encoder: {export}")
         run.say(summary["verdict"])

@@ -37,6 +37,9 @@ class TrainConfig:
     """`auto`: bf16 autocast on GPUs and on CPUs with AMX, else fp32."""
     compile: bool = False
     """Whether to `torch.compile` the encoder: minutes at the start, faster steps on a GPU."""
+    shard: Literal["none", "full"] = "none"
+    """On several processes: `none` keeps all weights on each; `full` shares weights, gradients and moments out (FSDP2),
+    for encoders that don't fit. The run is the same, to rounding."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 100
@@ -82,6 +85,7 @@ RESUME_MAY_CHANGE = frozenset(
         "keep_checkpoints",
         "workers",
         "compile",
+        "shard",
         "on_collapse",
     )
 )

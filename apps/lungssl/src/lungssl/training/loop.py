@@ -5,7 +5,8 @@ from (seed, index) before `prepare` and the forward pass. So a resumed run repea
 the CPU with the same number of threads.
 
 Several ranks share each micro-batch: each reads its samples and draws for all, gradients and figures are averaged
-before anything is judged by them, so that every rank takes the same way. The first one writes.
+before anything is judged by them, so that every rank takes the same way. The first one writes, but for checkpoints of
+sharded modules (`sharding.py`), of which each rank writes its part.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ from lungssl.training.checkpoint import (
     load_checkpoint,
     newest_valid,
     save_checkpoint,
+    save_sharded,
     step_of,
     watch_state,
 )
@@ -44,6 +46,7 @@ from lungssl.training.progress import Progress, shown
 from lungssl.training.ranks import ALONE, Ranks
 from lungssl.training.read_ahead import read_ahead
 from lungssl.training.run_folder import RunFolder
+from lungssl.training.sharding import check_shardable, is_sharded, whole, whole_state
 from lungssl.training.stop import StopRequest
 from lungssl.training.watch import (
     MOST_ROLLBACKS,
@@ -128,7 +131,10 @@ def fit(
         keep_freed_memory()
     rollbacks: list[int] = []
     watch = Watch(config.on_collapse, say=run.say, bounds=bounds)
-    replica = ranks.replica(module, device)
+    if config.shard == "full" and not is_sharded(module):
+        check_shardable(ranks)
+        raise AssertionError("train.shard is full, but nobody called sharding.sharded")
+    replica = module if is_sharded(module) else ranks.replica(module, device)
     parts = (module, replica, read, prepare, config, run, seed, device, evaluate, probe, watch, ranks, logs, profile)
     while True:
         try:
@@ -207,12 +213,12 @@ def _fit(
 
     def checkpoint_now() -> None:
         log.sync()
-        state = watch.state()
-
-        def write() -> None:
-            save_checkpoint(run.checkpoints, done, module, optimizer, keep=config.keep_checkpoints, watch=state)
-
-        ranks.from_first(write)
+        arguments = (run.checkpoints, done, module, optimizer)
+        keep, state = config.keep_checkpoints, watch.state()
+        if is_sharded(module):
+            save_sharded(*arguments, keep=keep, watch=state, ranks=ranks)
+        else:
+            ranks.from_first(lambda: save_checkpoint(*arguments, keep=keep, watch=state))
 
     try:
         with StopRequest(run.stop) as stop:
@@ -239,7 +245,8 @@ def _fit(
                             ranks=ranks,
                         )
                 except NotFiniteError as error:
-                    error.kept = ranks.from_first(partial(keep_step, run.nan, error, module, before))
+                    failed = whole_state(module, ranks)
+                    error.kept = ranks.from_first(partial(keep_step, run.nan, error, failed, before))
                     if config.on_collapse == "rollback":
                         raise RollbackError(f"{error.what} is {error.value} at step {error.step + 1}") from error
                     raise
@@ -317,7 +324,8 @@ def train_step(
         torch.manual_seed(micro_seed(seed, index))
         with part("prepare"):
             inputs = prepare(batch, index)
-        # Gradients of accumulated micro-batches are averaged over ranks once, with the last.
+        # Gradients of accumulated micro-batches are averaged over ranks once, with the last; those of a sharded module
+        # with each, because until then every rank would hold all of them.
         last = index == (step + 1) * config.accumulate - 1
         wait = isinstance(replica, DistributedDataParallel) and not last
         with replica.no_sync() if wait else nullcontext():  # pyright: ignore[reportCallIssue]
@@ -334,7 +342,7 @@ def train_step(
         for name, value in figures.items():
             values[name] = values.get(name, 0.0) + value / config.accumulate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)))
     if not math.isfinite(norm):
         raise NotFiniteError("gradient norm", norm, step=step, index=(step + 1) * config.accumulate - 1)
     with part("optimizer"):

@@ -115,11 +115,12 @@ class KeptStep:
     """The module's state before the step."""
 
 
-def keep_step(folder: Path, error: NotFiniteError, module: nn.Module, buffers: Mapping[str, Tensor]) -> Path:
-    """Write what replays a failed step. `buffers`: copies from before it; parameters move only with the optimizer."""
+def keep_step(folder: Path, error: NotFiniteError, state: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Path:
+    """Write what replays a failed step: the module's `state`, but for `buffers`, copies from before it; parameters
+    move only with the optimizer."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{error.step + 1}.safetensors"
-    state = {name: buffers.get(name, value) for name, value in module.state_dict().items()}
+    state = {name: buffers.get(name, value) for name, value in state.items()}
     about = {"step": str(error.step), "index": str(error.index), "what": error.what, "value": str(error.value)}
     # clone: safetensors refuses tensors that share memory, as tied weights do.
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, metadata=about)

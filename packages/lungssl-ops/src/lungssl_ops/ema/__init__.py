@@ -17,7 +17,7 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
 
     Raises ValueError where the lists differ in length or in the shape of a pair, momentum is outside [0, 1], or a
     teacher tensor is in half precision: at momentum 0.996 and above a bf16 average stalls, because the update is
-    smaller than half of its 2^-8 rounding step.
+    smaller than half of its 2^-8 rounding step. Of DTensors each rank moves its part: nothing is sent.
     """
     teacher, student = list(teacher), list(student)
     if not 0.0 <= momentum <= 1.0:
@@ -30,9 +30,25 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
     half = {p.dtype for p in teacher} & {torch.bfloat16, torch.float16}
     if half:
         raise ValueError(f"the teacher must be kept in float32, got {half.pop()}; call .float() on it")
+    if [_placed(p) for p in teacher] != [_placed(p) for p in student]:
+        raise ValueError("teacher and student must be shared out over the ranks alike; shard both, or none of them")
+    teacher, student = _own_parts(teacher), _own_parts(student)
     if teacher and momentum < 1.0:
         matched = [s.to(t.dtype) for s, t in zip(student, teacher, strict=True)]
         if momentum == 0.0:
             torch._foreach_copy_(teacher, matched)  # pyright: ignore[reportPrivateImportUsage]
             return
         torch._foreach_lerp_(teacher, matched, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+
+# DTensors are known by their methods: torch.distributed may be missing, and importing them takes 0.8 s.
+
+
+def _placed(tensor: Tensor) -> object:
+    """Which part of it each rank holds; None for a plain tensor."""
+    return getattr(tensor, "placements", None)
+
+
+def _own_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank holds of each, in the same memory."""
+    return [one.to_local() if _placed(one) is not None else one for one in tensors]  # pyright: ignore[reportAttributeAccessIssue]
