@@ -3,8 +3,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from lungssl_data.cache import write_pair
+from lungssl_data.pair import PhasePair, PhaseScan, Split
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
@@ -25,6 +28,27 @@ def tiny_pair() -> ModuleType:
 def recipe_words(tiny_pair: ModuleType) -> list[str]:
     """Overrides that make `mae_vit_nano` six tiny steps without held-out patients."""
     return [*tiny_pair.RECIPES["mae_vit_nano"], "train.eval_batches=0"]
+
+
+@pytest.fixture
+def noise_cohort(tmp_path: Path) -> Path:
+    """A cache of three patients with both phases, the last of split val, for runs that are started as commands."""
+    random = np.random.default_rng(0)
+    splits: tuple[Split, Split, Split] = ("train", "train", "val")
+    for number, split in enumerate(splits):
+        exhale, inhale = (
+            PhaseScan(
+                ct_hu=random.normal(-700, 200, (26, 28, 30)).clip(-1000, 400).astype(np.int16),
+                valid=np.ones((26, 28, 30), np.uint8),
+                lung=np.ones((26, 28, 30), np.uint8),
+                spacing_mm=(5.0, 5.0, 5.0),
+                origin_mm=(0.0, 0.0, 0.0),
+            )
+            for _ in range(2)
+        )
+        pair = PhasePair(patient=f"p{number}", exhale=exhale, inhale=inhale, split=split, exhale_to_inhale=np.eye(3, 4))
+        write_pair(pair, tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 def _neighbour(name: str) -> ModuleType:

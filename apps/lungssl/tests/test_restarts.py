@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from lungssl.cli import main
 from lungssl.training.logs import read_metrics
-from lungssl_data.cache import write_pair
-from lungssl_data.pair import PhasePair, PhaseScan, Split
 
 SMALL = (
     "mae_vit_nano train.steps=60 train.batch=4 train.checkpoint_every=10 train.eval_every=30 train.eval_batches=1 "
@@ -20,23 +18,6 @@ SMALL = (
     "method.decoder_depth=1 method.decoder_heads=2 method.mask_unit_tokens=1"
 ).split()
 PATIENCE_S = 300
-
-
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    splits: tuple[Split, ...] = ("train", "train", "val")
-    for number, split in enumerate(splits):
-        scan = PhaseScan(
-            ct_hu=random.normal(-700, 200, (26, 28, 30)).clip(-1000, 400).astype(np.int16),
-            valid=np.ones((26, 28, 30), np.uint8),
-            lung=np.ones((26, 28, 30), np.uint8),
-            spacing_mm=(5.0, 5.0, 5.0),
-            origin_mm=(0.0, 0.0, 0.0),
-        )
-        pair = PhasePair(patient=f"p{number}", exhale=scan, inhale=scan, split=split, exhale_to_inhale=np.eye(3, 4))
-        write_pair(pair, tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 def rank_of(run: Path, rank: int) -> int:
@@ -53,11 +34,11 @@ def rank_of(run: Path, rank: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for ranks in /proc")
 def test_a_killed_rank_is_started_again_with_the_others(
-    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noise_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train = ["pretrain", *SMALL, "--data", str(cohort), "--device", "cpu"]
+    train = ["pretrain", *SMALL, "--data", str(noise_cohort), "--device", "cpu"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = str(Path(sys.executable).with_name("lungssl"))
     command = [*launcher, "--max-restarts", "2", "--no-python", program, *train, "--out", str(broken)]

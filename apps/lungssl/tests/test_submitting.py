@@ -1,18 +1,16 @@
 """Runs as jobs: queued again with the signal that SLURM gives, they end as if they had never been stopped."""
 
 import os
+import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from lungssl.cli import main
 from lungssl.submitting import CommandJob, submit
 from lungssl.training.logs import read_metrics
-from lungssl_data.cache import write_pair
-from lungssl_data.pair import PhasePair, PhaseScan, Split
 from safetensors.torch import load_file
 
 SMALL = (
@@ -22,36 +20,15 @@ SMALL = (
 ).split()
 
 
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    splits: tuple[Split, Split, Split] = ("train", "train", "val")
-    for number, split in enumerate(splits):
-        scans = [
-            PhaseScan(
-                ct_hu=random.normal(-700, 200, (26, 28, 30)).clip(-1000, 400).astype(np.int16),
-                valid=np.ones((26, 28, 30), np.uint8),
-                lung=np.ones((26, 28, 30), np.uint8),
-                spacing_mm=(5.0, 5.0, 5.0),
-                origin_mm=(0.0, 0.0, 0.0),
-            )
-            for _ in range(2)
-        ]
-        affine = np.eye(3, 4)
-        pair = PhasePair(patient=f"p{number}", exhale=scans[0], inhale=scans[1], split=split, exhale_to_inhale=affine)
-        write_pair(pair, tmp_path / "cache")
-    return tmp_path / "cache"
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the job's process in /proc")
 # Jobs outlive the command that started them, of which Python warns.
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_a_job_that_is_preempted_is_queued_again_and_loses_nothing(
-    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noise_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    common = ["pretrain", *SMALL, "--data", str(cohort), "--device", "cpu"]
+    common = ["pretrain", *SMALL, "--data", str(noise_cohort), "--device", "cpu"]
     assert main([*common, "--out", str(whole)]) == 0
     command = [*common, "--out", str(broken), "--overwrite"]
     folder = tmp_path / "jobs"
@@ -88,9 +65,9 @@ def test_what_is_queued_again_goes_on_and_replaces_nothing(tmp_path: Path) -> No
 
 
 def test_the_script_has_the_jobs_wishes_and_the_warning(
-    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    noise_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["pretrain", *SMALL, "--data", str(cohort), "--out", str(tmp_path / "a run"), "--launcher", "slurm"]
+    command = ["pretrain", *SMALL, "--data", str(noise_cohort), "--out", str(tmp_path / "a run"), "--launcher", "slurm"]
     wishes = [
         "mem_gb=64",
         "slurm_account=0123",
@@ -122,10 +99,52 @@ def test_the_script_has_the_jobs_wishes_and_the_warning(
         (["--launcher", "local", "--print"], "--launcher local has none"),
         (["--launcher", "slurm", "--print", "--job", "minutes=3"], "minutes"),
         (["--launcher", "local", "--job", "gpus"], "expected KEY=VALUE"),
+        (["--launcher", "slurm", "--print", "--job", "timeout_min=soon"], "timeout_min=soon: expected whole minutes"),
+        (
+            ["--launcher", "slurm", "--print", "--job", "timeout_min=0"],
+            "timeout_min=0: expected whole minutes",
+        ),
+        (["--launcher", "slurm", "--print", "--job", "timeout_min=true"], "timeout_min=True: expected whole minutes"),
+        (["--launcher", "local", "--job", "timeout_min=1.5"], "timeout_min=1.5: expected whole minutes"),
+        (["--launcher", "slurm", "--print", "--job", "slurm_time=10:00:00"], "say --job timeout_min=MINUTES"),
     ],
 )
 def test_what_does_not_fit_is_said(
-    extra: list[str], message: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    extra: list[str], message: str, noise_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pretrain", *SMALL, "--data", str(cohort), "--out", str(tmp_path / "run"), *extra]) == 2
+    assert main(["pretrain", *SMALL, "--data", str(noise_cohort), "--out", str(tmp_path / "run"), *extra]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_job_has_a_day_where_nothing_is_said(
+    noise_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(noise_cohort), "--out", str(tmp_path / "run"), "--launcher", "slurm", "--print"]
+    assert main(["pretrain", *SMALL, *words]) == 0
+    assert "#SBATCH --time=1440" in capsys.readouterr().out.splitlines()
+
+
+def test_fine_tuning_is_handed_in_as_it_was_asked_for(
+    noise_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.steps=3", "--data", str(noise_cohort), "--out", str(tmp_path / "run"), "--labels", "2"]
+    assert main(["finetune", "segment", *words, "--overwrite", "--launcher", "slurm", "--print"]) == 0
+    script = capsys.readouterr().out.strip().splitlines()
+    assert "#SBATCH --job-name=lungssl-run" in script
+    handed_in = shlex.split(script[-1])
+    assert handed_in[handed_in.index("finetune") :][:3] == ["finetune", "segment", "train.steps=3"]
+    options = {"--data": str(noise_cohort), "--out": str(tmp_path / "run"), "--labels": "2", "--draw": "0"}
+    assert all(handed_in[handed_in.index(name) + 1] == value for name, value in options.items())
+    assert handed_in[-1] == "--overwrite" and "--encoder" not in handed_in and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["segment", "register", "joint", "cosegment"])
+def test_fine_tuning_refuses_several_processes(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["finetune", task, "--out", str(tmp_path / "run")]) == 2
+    assert (
+        "fine-tuning is for one process, but torchrun started 4; start it without torchrun" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,9 @@ from lungssl.errors import ConfigError
 Cluster = Literal["slurm", "local"]
 MOST_TIMEOUTS = 1000
 """How often a job that runs out of time is queued again: a week in jobs of ten minutes. submitit's 3 would end it."""
+TIMEOUT_MIN = 1440
+"""A job's time where none is given: a day, our choice. submitit's own is 5 minutes on SLURM and 2 here (1.5.4), in
+which hardly a run begins."""
 STOP_SIGNAL = "USR1"
 """What jobs are warned with: `fit` ends its step and writes a checkpoint."""
 
@@ -24,10 +27,11 @@ def submit(
     """Start `lungssl COMMAND` for each, logs in `folder`. Returns submitit's jobs.
 
     `parameters`: of `submitit.AutoExecutor.update_parameters`, e.g. timeout_min, gpus_per_node, tasks_per_node,
-    slurm_partition. A job that is preempted or runs out of time is queued again, and goes on where it was. Raises
-    ConfigError without submitit, for a cluster that isn't there, and for unknown parameters.
+    slurm_partition; without timeout_min it is TIMEOUT_MIN. A job that is preempted or runs out of time is queued again,
+    and goes on where it was. Raises ConfigError without submitit, for a cluster that isn't there, for unknown
+    parameters, and for a time that isn't in whole minutes.
     """
-    submitit = _submitit()
+    submitit, parameters = _submitit(), _timed(parameters)
     options: dict[str, Any] = {f"{cluster}_max_num_timeout": MOST_TIMEOUTS}
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, **options)
@@ -42,6 +46,7 @@ def script(command: Sequence[str], *, folder: Path, name: str, parameters: Mappi
     _submitit()
     from submitit.slurm import slurm
 
+    parameters = _timed(parameters)
     try:
         known = slurm.SlurmExecutor._equivalence_dict()
         plain = {key.removeprefix("slurm_"): value for key, value in {"name": name, **parameters}.items()}
@@ -49,6 +54,49 @@ def script(command: Sequence[str], *, folder: Path, name: str, parameters: Mappi
         return slurm._make_sbatch_string(command=f"lungssl {shlex.join(command)}", folder=folder, **plain)
     except TypeError as error:
         raise ConfigError(f"--job {dict(parameters)}: {error}") from error
+
+
+def hand_in(
+    command: Sequence[str], *, cluster: Cluster, out: Path, wishes: Sequence[str], show_script: bool = False
+) -> str:
+    """Start `lungssl COMMAND`, whose run folder is `out`, as a job with the `wishes` of `--job`; returns what to print.
+
+    With `show_script` nothing is started, and SLURM's script is returned.
+    """
+    folder, name, parameters = (
+        out.resolve().with_name(f"{out.name}-jobs"),
+        f"lungssl-{out.name}",
+        job_parameters(wishes),
+    )
+    if show_script:
+        return script(command, folder=folder, name=name, parameters=parameters)
+    (one,) = submit([command], cluster=cluster, folder=folder, name=name, parameters=parameters)
+    return f"job {one.job_id}; what it says is in {folder}, and `lungssl watch {out}` follows it"
+
+
+def check_launcher(
+    launcher: Literal["here", "local", "slurm"], *, job: Sequence[str] | None, show_script: bool, run: bool
+) -> None:
+    """ConfigError for options that don't go with a launcher; `run`: a run folder is to be made."""
+    if launcher == "here" and (job or show_script):
+        raise ConfigError("--job and --print are of jobs: add --launcher local or slurm")
+    if launcher != "here" and not run:
+        raise ConfigError(f"--launcher {launcher} is for runs with --out: leave --dry-run and --replay out")
+    if show_script and launcher != "slurm":
+        raise ConfigError(f"--print shows SLURM's script; --launcher {launcher} has none")
+
+
+def _timed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """With a time. submitit reckons with it whether to queue a job again, so that SLURM's own forms won't do."""
+    if "slurm_time" in parameters:
+        raise ConfigError(
+            f"--job slurm_time={parameters['slurm_time']}: submitit counts minutes; say --job timeout_min=MINUTES"
+        )
+    timed = {"timeout_min": TIMEOUT_MIN, **parameters}
+    for name, given in timed.items():
+        if name.endswith("timeout_min") and (type(given) is not int or given < 1):
+            raise ConfigError(f"--job {name}={given}: expected whole minutes, at least 1, e.g. --job {name}=480")
+    return timed
 
 
 def _submitit() -> Any:

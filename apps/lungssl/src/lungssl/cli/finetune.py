@@ -34,6 +34,18 @@ def finetune(
         bool, typer.Option("--dry-run", help="Build all, make two steps, print time and memory, write nothing.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    launcher: Annotated[
+        Literal["here", "local", "slurm"],
+        typer.Option(help="Where to train: in this process, as a job in the background, or on SLURM."),
+    ] = "here",
+    job: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of submitit, e.g. slurm_partition=gpu; timeout_min is a day."),
+    ] = None,
+    show_script: Annotated[
+        bool,
+        typer.Option("--print", help="Print SLURM's script with the command that submitit wraps."),
+    ] = False,
 ) -> None:
     """Fine-tune an encoder: for lobes on a few labelled patients, for registration on pairs without labels, or for both
     at once (joint) on pairs of which some are labelled, or for lesions of both phases from two diameters (cosegment).
@@ -44,6 +56,7 @@ def finetune(
     """
     from lungssl.config import load_recipe
     from lungssl.errors import ConfigError
+    from lungssl.submitting import check_launcher, hand_in
 
     if out is None and not dry_run:
         raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
@@ -51,16 +64,28 @@ def finetune(
         raise ConfigError("--resume and --overwrite exclude each other; give one")
     if diameters is not None and task != "cosegment":
         raise ConfigError("--diameters belongs to task cosegment; leave it out")
+    check_launcher(launcher, job=job, show_script=show_script, run=out is not None and not dry_run)
     loaded = load_recipe(recipe or f"finetune/{task}", overrides or [])
 
     from lungssl import finetuning, finetuning_cosegment, finetuning_joint, finetuning_registration
+    from lungssl.training.ranks import check_alone
 
+    check_alone("fine-tuning")
     if data is None:
         from lungssl.cohort import LESION_COHORT, builtin_cohort
 
         data = builtin_cohort(LESION_COHORT if task == "cosegment" else None)
     seen = finetuning.Labels(patients=labels, draw=draw)
     weights = None if encoder == "none" else finetuning.encoder_file(Path(encoder))
+    if launcher != "here" and out is not None:
+        options = {"--encoder": weights and weights.resolve(), "--data": data.resolve(), "--out": out.resolve()}
+        options |= {"--diameters": diameters and diameters.resolve(), "--labels": labels, "--draw": draw}
+        options |= {"--recipe": Path(recipe).resolve() if recipe and Path(recipe).is_file() else recipe}
+        command = ["finetune", task, *(overrides or []), "--device", device]
+        command += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+        command += [f"--{name}" for name, wanted in (("resume", resume), ("overwrite", overwrite)) if wanted]
+        print(hand_in(command, cluster=launcher, out=out, wishes=job or [], show_script=show_script))
+        return
     if task == "cosegment":
         prepared = partial(finetuning_cosegment.dry_run, diameters=diameters)
         run = partial(finetuning_cosegment.finetune_cosegment, diameters=diameters)

@@ -31,7 +31,8 @@ def pretrain(
         typer.Option(help="Where to train: in this process, as a job in the background, or on SLURM."),
     ] = "here",
     job: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of submitit, e.g. slurm_partition=gpu.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of submitit, e.g. slurm_partition=gpu; timeout_min is a day."),
     ] = None,
     show_script: Annotated[
         bool,
@@ -49,17 +50,14 @@ def pretrain(
     """
     from lungssl.config import load_recipe
     from lungssl.errors import ConfigError
+    from lungssl.submitting import check_launcher, hand_in
 
     if out is None and not dry_run and replay is None:
         raise ConfigError("--out is missing: name the run folder to make, or look first with --dry-run")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one")
-    if launcher == "here" and (job or show_script):
-        raise ConfigError("--job and --print are of jobs: add --launcher local or slurm")
-    if launcher != "here" and (out is None or dry_run or replay is not None):
-        raise ConfigError(f"--launcher {launcher} is for runs with --out: leave --dry-run and --replay out")
-    if show_script and launcher != "slurm":
-        raise ConfigError(f"--print shows SLURM's script; --launcher {launcher} has none")
+    run = out is not None and not dry_run and replay is None
+    check_launcher(launcher, job=job, show_script=show_script, run=run)
     resolved = load_recipe(recipe, overrides or [])
 
     from lungssl import pretraining
@@ -74,18 +72,11 @@ def pretrain(
             raise ConfigError("--data is missing: make the built-in cohort with one process first, then name its cache")
         data = builtin_cohort(say=lambda line: print(line, file=sys.stderr))
     if launcher != "here" and out is not None:
-        from lungssl.submitting import job_parameters, script, submit
-
         given = Path(recipe).resolve() if Path(recipe).is_file() else recipe
         command = ["pretrain", str(given), *(overrides or []), "--data", str(data.resolve())]
         command += ["--out", str(out.resolve()), "--device", device] + (["--profile", str(profile)] if profile else [])
         command += [f"--{name}" for name, wanted in (("resume", resume), ("overwrite", overwrite)) if wanted]
-        folder, parameters = out.resolve().with_name(f"{out.name}-jobs"), job_parameters(job or [])
-        if show_script:
-            print(script(command, folder=folder, name=f"lungssl-{out.name}", parameters=parameters))
-            return
-        (one,) = submit([command], cluster=launcher, folder=folder, name=f"lungssl-{out.name}", parameters=parameters)
-        print(f"job {one.job_id}; what it says is in {folder}, and `lungssl watch {out}` follows it")
+        print(hand_in(command, cluster=launcher, out=out, wishes=job or [], show_script=show_script))
         return
     if replay is not None:
         from lungssl import replaying
