@@ -13,7 +13,8 @@ from lungssl_data.cache import write_pair
 from lungssl_data.cache_index import FORMAT_VERSION
 from lungssl_data.pair import PhasePair, PhaseScan, Split
 from lungssl_data.phantom.config import PHANTOM_VERSION
-from lungssl_tasks.cosegmentation.diameters import lesions_of, measured, write_diameters
+from lungssl_tasks.cosegmentation.diameters import lesions_of
+from lungssl_tasks.cosegmentation.diameters_file import write_diameters
 
 SMALL = [
     *("backbone.widths=[8,16,16]", "backbone.depths=[1,1,1]", "task.model.segment.base_width=4"),
@@ -75,7 +76,7 @@ def test_lesions_are_learnt_from_diameters_and_scored(
 
     scan = scan_of(1)
     assert scan.lesion is not None
-    lesion = measured(lesions_of(scan.lesion)[0], scan.geometry())
+    lesion = lesions_of(scan.lesion)[0].diameters(scan.geometry())
     write_diameters(tmp_path / "d.csv", {("p1", "exhale"): [lesion]})
     assert main([*command, "--dry-run", "--diameters", str(tmp_path / "d.csv")]) == 0
     assert "1 pairs; resenc_tiny" in capsys.readouterr().out

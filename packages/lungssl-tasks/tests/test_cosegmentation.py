@@ -12,9 +12,11 @@ from lungssl_backbones import create_backbone
 from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.pair import Displacement, PhasePair, PhaseScan
 from lungssl_data.volume import Geometry
-from lungssl_tasks.cosegmentation.diameters import Diameters, lesions_of, measured, read_diameters, write_diameters
+from lungssl_tasks.cosegmentation.diameters import Diameters, lesions_of, measured
+from lungssl_tasks.cosegmentation.diameters_file import check_places, read_diameters, write_diameters
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig, log_density, minimum_cut, mixture, pseudo_mask
-from lungssl_tasks.cosegmentation.lesion_pairs import LesionPairs, moved_mm
+from lungssl_tasks.cosegmentation.lesion_pairs import LesionPairs
+from lungssl_tasks.cosegmentation.lesions import PHASES, Match, moved_mm
 from lungssl_tasks.cosegmentation.model import CoAttention, CosegmentationModel
 from lungssl_tasks.cosegmentation.task import CosegmentationTask
 from lungssl_tasks.metrics import dice
@@ -72,19 +74,60 @@ def test_a_file_of_diameters_comes_back_and_mistakes_are_named(tmp_path: Path) -
     write_diameters(
         tmp_path / "d.csv", {("p1", "exhale"): [turned(30.0), turned(75.0)], ("p2", "inhale"): [turned(0.0)]}
     )
-    found = read_diameters(tmp_path / "d.csv")
-    assert {key: len(some) for key, some in found.items()} == {("p1", "exhale"): 2, ("p2", "inhale"): 1}
-    np.testing.assert_allclose(found["p1", "exhale"][1].short_mm, turned(75.0).short_mm, atol=1e-3)
     text = (tmp_path / "d.csv").read_text()
-    for change, message in (
-        (("p2,inhale", "p2,ei"), "line 4: phase 'ei', expected exhale or inhale"),
-        (("45.0000\n", "46.0000\n"), "line 2: both diameters lie on one axial slice"),
-        (("p1,exhale,", "p1,exhale,x"), "line 2: could not convert"),
-        (("p1,exhale", ",exhale"), "line 2: patient is missing"),
+    (tmp_path / "e.csv").write_text("\ufeff" + text, encoding="utf-8")  # as spreadsheets save UTF-8
+    for name in ("d.csv", "e.csv"):
+        found = read_diameters(tmp_path / name)
+        assert {key: len(some) for key, some in found.items()} == {("p1", "exhale"): 2, ("p2", "inhale"): 1}
+        np.testing.assert_allclose(found["p1", "exhale"][1].short_mm, turned(75.0).short_mm, atol=1e-3)
+        assert found["p2", "inhale"][0].source == f"{tmp_path / name}, line 4"
+    header, row = text.splitlines()[:2]
+
+    def line(long_mm: list[list[float]], short_mm: list[list[float]]) -> str:
+        return f"{header}\np1,exhale," + ",".join(f"{v:g}" for end in (*long_mm, *short_mm) for v in end) + "\n"
+
+    flat = [[0.0, 0.0, 5.0], [20.0, 0.0, 5.0]]
+    for content, message in (
+        (text.replace("p2,inhale", "p2,ei"), "line 4, patient p2: phase 'ei', expected exhale or inhale"),
+        (text.replace("45.0000\n", "46.0000\n"), "line 2, patient p1: both diameters lie on one axial slice"),
+        (text.replace("p1,exhale,", "p1,exhale,x"), "line 2, patient p1: could not convert"),
+        (text.replace("p1,exhale", ",exhale"), "line 2: patient is empty"),
+        (text.replace(row, row[: row.rindex(",")]), "line 2, patient p1: could not convert.*give numbers"),
+        (text.replace("long_a_x_mm", "long_a_x"), "line 1: column long_a_x_mm is missing"),
+        (header + "\n", "no line after the names of the columns"),
+        (line(flat, [[10, -11, 5], [10, 11, 5]]), "the short diameter has 22.0 mm, the long one 20.0; swap them"),
+        (line(flat, [[8, -4, 5], [12, 4, 5]]), "the diameters are 27 degrees off a right angle"),
+        (line(flat, [[10, 12, 5], [10, 18, 5]]), "the diameters are 12.0 mm apart; give two that cross"),
+        (line(flat, [[45, -3, 5], [45, 3, 5]]), "the diameters are 25.0 mm apart; give two that cross"),
+        (text.replace("p1,exhale", '"p1' + "x" * 200_000), "field larger than field limit.*save it as CSV"),
     ):
-        (tmp_path / "e.csv").write_text(text.replace(*change))
+        (tmp_path / "e.csv").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_diameters(tmp_path / "e.csv")
+    (tmp_path / "e.csv").write_bytes(text.encode().replace(b"p1", b"p\xfc"))
+    with pytest.raises(ValueError, match=r"e\.csv.*save it as CSV in UTF-8"):
+        read_diameters(tmp_path / "e.csv")
+
+
+def test_diameters_that_are_not_of_a_scan_are_noticed() -> None:
+    scan = dataclasses.replace(patient(1).scan("exhale"), origin_mm=(20.0, -150.0, -60.0))  # to 124, -54, 36
+    scan.lung[:, 10:] = 0  # y above -110
+
+    def check(middle: tuple[float, float, float], found: PhaseScan = scan) -> None:
+        move = np.array(middle) - turned(20).centre_mm()
+        held = turned(20)
+        one = dataclasses.replace(held, long_mm=held.long_mm + move, short_mm=held.short_mm + move, source="d, line 2")
+        check_places({("p", "exhale"): [one]}, "p", "exhale", found)
+
+    check((70, -130, 0))
+    check((70, -100, 0))  # beside the lung
+    with pytest.raises(ValueError, match=r"d, line 2, patient p: end .* outside of the exhale scan.*as RAS it would"):
+        check((-70, 130, 0))
+    with pytest.raises(ValueError, match="as z, y, x it would lie inside"):
+        check((0, -125, 70))
+    with pytest.raises(ValueError, match=r"there is no lung about .*of exhale; look whether"):
+        check((70, -75, 0))
+    check((70, -75, 0), dataclasses.replace(scan, lung=np.zeros_like(scan.lung)))  # nobody knows where it is
 
 
 def test_the_cut_is_the_least_of_all_labellings() -> None:
@@ -130,8 +173,13 @@ def test_diameters_become_the_lesion_not_the_ellipsoid() -> None:
     assert dice(found, truth) > 0.9 > 0.8 > dice(lesion.ellipsoid(grid), truth)
     solid = pseudo_mask(hu, grid, lesion, GrabCutConfig(least_hu=-700.0), within=lung)
     assert dice(solid, truth) > 0.9
-    with pytest.raises(ValueError, match="lie beyond the crop"):
+    with pytest.raises(ValueError, match="their middle lies beyond the crop"):
         pseudo_mask(hu, dataclasses.replace(grid, origin_mm=(500.0, 0.0, 0.0)), lesion)
+    speck = dataclasses.replace(lesion, long_mm=49 + lesion.long_mm / 50, short_mm=49 + lesion.short_mm / 50)
+    assert not speck.ellipsoid(grid).any()
+    found = pseudo_mask(hu, grid, speck)  # smaller than a voxel: the nearest one at least
+    middle = np.rint((speck.centre_mm() - grid.origin_mm) / 4).astype(int)[::-1]
+    assert found[tuple(middle)] and found.sum() < 8
 
 
 SHIFT = (8.0, -4.0, 4.0)
@@ -192,7 +240,11 @@ def lesion_pairs(cache: PairCache, **more: Any) -> LesionPairs:
 
 def test_lesions_find_their_partners_and_crops_their_middles(cache: PairCache) -> None:
     pairs = lesion_pairs(cache)
-    assert pairs.matches == [("p10", 0, 0), ("p10", 1, None), ("p20", 0, 0), ("p20", 1, None)]
+    assert pairs.matches == [
+        match
+        for p in ("p10", "p20")
+        for match in (Match(patient=p, exhale=(0,), inhale=(0,)), Match(patient=p, exhale=(1,), inhale=()))
+    ]
     by_size = sorted((pairs.pair(index) for index in range(4)), key=lambda pair: -int((pair.exhale_labels == 1).sum()))
     for pair in by_size[:2]:
         for labels in (pair.exhale_labels, pair.inhale_labels):
@@ -204,8 +256,52 @@ def test_lesions_find_their_partners_and_crops_their_middles(cache: PairCache) -
         assert pair.inhale_truth is not None and not (pair.inhale_truth == 1).any()
         hu = pair.exhale_hu[0, 0][pair.exhale_labels[0] == 1]
         assert abs(float(hu.mean()) + 50) < 10
-    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([40.0, 40, 40])), [48, 36, 44])
-    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([48.0, 36, 44]), back=True), [40, 40, 40])
+    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([[40.0, 40, 40]])), [[48, 36, 44]])
+    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([[48.0, 36, 44]]), back=True), [[40, 40, 40]])
+    np.testing.assert_allclose(moved_mm(cache["p10"], np.array([[400.0, 40, 40]])), [[400, 40, 40]])  # the affine
+
+
+def test_lesions_that_touch_in_one_phase_are_one_and_specks_are_unknown() -> None:
+    """Two balls and a speck of exhale are one part in inhale; a small lesion is a speck in inhale."""
+    pair = patient(30)
+    lesion = {phase: np.zeros((24, 24, 26), np.uint8) for phase in ("exhale", "inhale")}
+    for centre in ((8, 8, 7), (8, 8, 13)):
+        lesion["exhale"][ball((24, 24, 26), centre, 2.4)] = 1
+    lesion["inhale"][ball((24, 24, 26), (9, 7, 9), 2.4)] = lesion["inhale"][ball((24, 24, 26), (9, 7, 15), 2.4)] = 1
+    lesion["inhale"][9, 7, 9:16] = 1
+    lesion["exhale"][8, 8, 17] = 1  # becomes the end of inhale's
+    lesion["exhale"][ball((24, 24, 26), (17, 17, 8), 1.8)] = 2
+    lesion["inhale"][18, 16, 10:14] = 2
+    scans = {phase: dataclasses.replace(pair.scan(phase), lesion=lesion[phase]) for phase in PHASES}
+    pair = dataclasses.replace(pair, exhale=scans["exhale"], inhale=scans["inhale"])
+    for supervision in ("masks", "diameters"):
+        pairs = LesionPairs(
+            {"p30": pair}, ["p30"], side_vox=16, supervision=supervision, seed=0, grabcut=GrabCutConfig()
+        )
+        assert [(len(match.exhale), len(match.inhale)) for match in pairs.matches] == [(2, 1), (1, 1)]
+        both, little = pairs.matches
+        crops = pairs.crops(both)
+        truths = {phase: crop.truth for phase, crop in crops.items()}
+        assert truths["exhale"] is not None and truths["inhale"] is not None
+        assert (truths["exhale"] == 1).sum() == 2 * ball((24, 24, 26), (8, 8, 8), 2.4).sum()
+        assert (truths["inhale"] == 1).sum() == (lesion["inhale"] == 1).sum()
+        crops = pairs.crops(little)
+        assert crops["exhale"].truth is not None and (crops["exhale"].truth == 1).sum() == (lesion["exhale"] == 2).sum()
+        assert crops["inhale"].truth is None and not (crops["inhale"].labels == 1).any()
+        unknown = crops["inhale"].labels == IGNORE_LABEL
+        assert (unknown & (crops["inhale"].hu > -400)).sum() >= 4  # where the speck is
+
+
+def test_many_specks_take_no_grid_each() -> None:
+    types = np.zeros((60, 60, 60), np.uint8)
+    types[::4, ::4, ::4] = 1
+    types[30:35, 30:34, 30:33] = 2
+    parts = lesions_of(types)
+    assert len(parts) > 3000 and parts[0].voxels == 60 and parts[0].corner == (30, 30, 30)
+    assert sum(part.mask.nbytes for part in parts) < types.nbytes
+    grid = grid_of(types.shape)
+    assert parts[0].holds(parts[0].points_mm(grid), grid).all()
+    np.testing.assert_allclose(parts[0].diameters(grid).centre_mm()[2], 5 + 4 * 30)
 
 
 def test_a_sample_is_a_function_of_its_index_and_both_scans_are_mirrored_alike(cache: PairCache) -> None:
@@ -232,7 +328,7 @@ def test_pseudo_masks_stand_in_for_masks(cache: PairCache) -> None:
     lesion = pairs.lesion("p10", "exhale", 0).diameters
     given = {("p10", "exhale"): [lesion]}
     alone = lesion_pairs(cache, supervision="diameters", diameters=given)
-    assert alone.matches == [("p10", 0, None)] and alone.pair(0).exhale_truth is None
+    assert alone.matches == [Match(patient="p10", exhale=(0,), inhale=())]
     assert alone.patients == ["p10"]
     unknown = alone.pair(0)  # nobody looked at inhale: no label, and nothing to be judged by
     assert (unknown.inhale_labels == IGNORE_LABEL).all() and unknown.inhale_truth is None
@@ -240,11 +336,14 @@ def test_pseudo_masks_stand_in_for_masks(cache: PairCache) -> None:
         lesion_pairs(cache, supervision="diameters", diameters=given | {("p10", "inhale"): []}).pair(0).inhale_labels
         == 0
     ).any()
+    above = np.array([0.0, 0.0, 60.0])
+    far = Diameters(long_mm=lesion.long_mm + above, short_mm=lesion.short_mm + above)
     with pytest.raises(ValueError, match="masks needs a mask of every lesion"):
-        lesion_pairs(cache, diameters=given)
+        lesion_pairs(cache, diameters={("p10", "exhale"): [far]})
     with pytest.raises(ValueError, match="no patient with both phases has a lesion"):
         lesion_pairs(cache, diameters={})
-    assert [int(one.sum()) for one in lesions_of(np.pad(np.ones((3, 3, 3), np.uint8), 2))] == [27]
+    with_mask = alone.pair(0).exhale_truth  # the file says which, the mask how far it goes
+    assert with_mask is not None and (with_mask == 1).sum() == ball((24, 24, 26), (8, 9, 8), 3.2).sum()
 
 
 def test_attention_gates_channels_by_the_other_scan_and_places_by_itself() -> None:
@@ -311,28 +410,12 @@ def test_it_learns_from_diameters_and_leaves_empty_what_vanished(cache: PairCach
             assert int((inhale & where_it_was).sum()) < 0.1 * int((exhale & where_it_was).sum())
 
 
-def test_a_teacher_labels_what_it_is_sure_of(cache: PairCache) -> None:
-    built = task(teach_after=1, momentum=0.9)
-    logit = torch.tensor([3.0, 0.5, -3.0, 3.0]).reshape(1, 1, 1, 1, 4)
-    labels = torch.tensor([0, 1, 1, IGNORE_LABEL], dtype=torch.uint8).reshape(1, 1, 1, 4)
-    taught = built.taught(torch.cat([torch.zeros_like(logit), logit], dim=1), labels)
-    assert taught.flatten().tolist() == [1, IGNORE_LABEL, 0, IGNORE_LABEL]
-    assert built.teacher is not None and not any(p.requires_grad for p in built.teacher.parameters())
-    bias = built.model.segmenter.head.bias
-    assert bias is not None
-    values = []
-    for step, value in enumerate((1.0, 3.0, 5.0)):
-        with torch.no_grad():
-            bias.fill_(value)
-        built.after_optimizer_step(step)
-        assert built.teacher.segmenter.head.bias is not None
-        values.append(built.teacher.segmenter.head.bias[0].item())
-    assert values == pytest.approx([1.0, 2.0, 3.0])  # the mean of all while they are few
-    pairs = lesion_pairs(cache).batch(0, 2)
-    losses = [float(built.train()(pairs, step).loss.detach()) for step in (0, 1)]
-    assert losses[0] != losses[1] and not built.teacher.training
+def test_crops_that_do_not_fit_are_refused() -> None:
+    encoder = task().export_encoder()
     with pytest.raises(ValueError, match="side_vox 18 must be a multiple of the token stride, 4"):
-        CosegmentationTask.Config(side_vox=18).build(built.export_encoder())
+        CosegmentationTask.Config(side_vox=18).build(encoder)
+    with pytest.raises(ValueError, match="shift_vox 8: the lesion's middle would leave the crop; take 0 to 7"):
+        CosegmentationTask.Config(side_vox=16, shift_vox=8).build(encoder)
 
 
 def test_a_folder_holds_the_whole_network(tmp_path: Path) -> None:

@@ -1,24 +1,28 @@
 """Fine-tuning for co-segmentation: lesions of both phases from two diameters each, the same loop as pretraining."""
 
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
 from lungssl_data.cache import PairCache
 from lungssl_data.draws import draw_patients
-from lungssl_tasks.cosegmentation.diameters import read_diameters
+from lungssl_data.pair import Split
+from lungssl_tasks.cosegmentation.diameters_file import check_places, read_diameters
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig
-from lungssl_tasks.cosegmentation.lesion_pairs import PHASES, LesionPair, LesionPairs, NoLesionsError
+from lungssl_tasks.cosegmentation.lesion_pairs import LesionPair, LesionPairs, NoLesionsError, judged_shift
+from lungssl_tasks.cosegmentation.lesions import PHASES, Measured
 from lungssl_tasks.cosegmentation.task import CosegmentationTask
 from lungssl_tasks.model_folder import save_cosegmentation
 
 from lungssl import lesion_scoring
 from lungssl.config import Recipe
-from lungssl.errors import ConfigError, DataError
-from lungssl.finetuning import Labels, encoder_of
+from lungssl.errors import ConfigError, DataError, did_you_mean
+from lungssl.finetuning import Labels, encoder_of, file_sha256
 from lungssl.finetuning_registration import PairFinetuning, cost_of, paired, train
 from lungssl.training.precision import pick_device
 from lungssl.training.run_folder import RunFolder
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def build(
@@ -30,10 +34,11 @@ def build(
     diameters: Path | None = None,
     device: str = "auto",
 ) -> PairFinetuning:
-    """Open the cache, find lesions, draw the patients, load or make the encoder.
+    """Open the cache, find lesions, draw the patients, make their labels, load or make the encoder.
 
-    `diameters`: a file of them (`lungssl_tasks.cosegmentation.diameters`); without it they are measured on the cache's
-    masks. Raises ConfigError for parts that don't fit together, DataError for a file that can't be read.
+    `diameters`: a file of them (`lungssl_tasks.cosegmentation.diameters_file`); without it they are measured on the
+    cache's masks. `labels` draws among the training patients with lesions. Raises ConfigError for parts that don't fit
+    together, DataError for a file that can't be read, or isn't of these scans.
     """
     if recipe.task is None or recipe.task.name != "cosegment":
         raise ConfigError("this recipe has no task `cosegment`; take finetune/cosegment")
@@ -48,37 +53,39 @@ def build(
         task: CosegmentationTask = config.build(backbone).to(where)
     except ValueError as error:
         raise ConfigError(f"task: {error}") from error
-    given = None
-    if diameters is not None:
-        try:
-            given = read_diameters(diameters)
-        except (OSError, ValueError) as error:
-            raise DataError(f"--diameters: {error}") from error
-    patients = paired(cache, "train")
-    if labels.patients is not None:
-        patients = draw_patients(patients, labels.patients, draw=labels.draw)
-    common = {"side_vox": config.side_vox, "grabcut": config.grabcut, "diameters": given}
+    given = None if diameters is None else checked_diameters(diameters, cache)
+    common = {"side_vox": config.side_vox, "grabcut": config.grabcut}
+    shift_vox = judged_shift(config.side_vox)
     try:
         pairs = LesionPairs(
             PairCache(data),
-            patients,
+            paired(cache, "train"),
             supervision=config.supervision,
             seed=recipe.seed,
-            shift_vox=config.shift_vox,
+            shift_vox=shift_vox if config.shift_vox is None else config.shift_vox,
             flips=config.flips,
+            diameters=given,
             **common,
         )
+        if labels.patients is not None:
+            pairs.keep(draw_patients(pairs.patients, labels.patients, draw=labels.draw))
+        pairs.prepare(_say)
     except ValueError as error:
         raise ConfigError(f"{data}: {error}") from error
     held_out = []
-    try:
-        held = LesionPairs(
-            cache, with_lesions(cache, paired(cache, "val"), given), supervision="diameters", seed=0, **common
-        )
-        held_out = [held.pair(index) for index in range(len(held))]
-    except NoLesionsError:  # `train` warns
-        pass
-    return PairFinetuning(recipe=recipe, task=task, cache=cache, pairs=pairs, held_out=held_out, device=where)
+    for patients, some in judged_by(cache, "val", given):
+        try:
+            held = LesionPairs(
+                cache, patients, supervision="diameters", seed=0, shift_vox=shift_vox, diameters=some, **common
+            )
+        except NoLesionsError:  # `train` warns where there is none in the end
+            continue
+        held.prepare(_say)
+        held_out += [held.pair(index) for index in range(len(held))]
+    inputs = {} if diameters is None else {"diameters_sha256": file_sha256(diameters)}
+    return PairFinetuning(
+        recipe=recipe, task=task, cache=cache, pairs=pairs, held_out=held_out, device=where, inputs=inputs
+    )
 
 
 def finetune_cosegment(
@@ -128,18 +135,40 @@ def dry_run(
     return cost_of(parts, encoder)
 
 
-def judged_lesions(cache: PairCache, split: str, *, side_vox: int) -> list[LesionPair]:
-    """Undisturbed crops of a split's (or of `all`) lesions, by the cache's masks; DataError where there are none."""
-    pairs = [
-        p for p in cache.patients if split in ("all", cache.record(p).split) and len(cache.record(p).phases()) == 2
-    ]
+def checked_diameters(path: Path, cache: PairCache) -> Measured:
+    """What a file holds, after every line was looked at beside its scan; DataError, which names file and line."""
+    try:
+        given = read_diameters(path)
+        known = set(cache.patients)
+        for (patient, phase), lesions in given.items():
+            source = lesions[0].source
+            if patient not in known:  # not quoted: who isn't in the cache may be named by more than an id
+                close = did_you_mean(patient, known) if len(known) > 20 else f"; known: {', '.join(sorted(known))}"
+                raise ValueError(f"{source}: its patient isn't in the cache {cache.folder}{close}")
+            if phase not in cache.record(patient).phases():
+                raise ValueError(f"{source}, patient {patient}: the cache has no {phase} scan; leave the line out")
+        for patient in dict.fromkeys(patient for patient, _ in given):
+            pair = cache[patient]
+            for phase in pair.phases():
+                check_places(given, patient, phase, pair.scan(phase))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--diameters: {error}") from error
+    return given
+
+
+def judged_lesions(cache: PairCache, split: str, *, side_vox: int, shift_vox: int | None = None) -> list[LesionPair]:
+    """Crops of a split's (or of `all`) lesions, by the cache's masks; DataError where there are none.
+
+    Always the same ones, lesions off their middles as in training (`shift_vox` at most; None: `judged_shift`).
+    """
     try:
         held = LesionPairs(
             cache,
-            with_lesions(cache, pairs, None),
+            [patient for one in SPLITS if split in ("all", one) for patient in masked(cache, one)],
             supervision="diameters",
             seed=0,
             side_vox=side_vox,
+            shift_vox=judged_shift(side_vox) if shift_vox is None else shift_vox,
             grabcut=GrabCutConfig(),
         )
     except ValueError as error:
@@ -147,9 +176,19 @@ def judged_lesions(cache: PairCache, split: str, *, side_vox: int) -> list[Lesio
     return [held.pair(index) for index in range(len(held))]
 
 
-def with_lesions(cache: PairCache, patients: list[str], given: Mapping[tuple[str, str], Any] | None) -> list[str]:
-    """Those that have a lesion to be judged on: in the file, or a mask in either phase."""
-    if given is not None:
-        named = {patient for patient, _ in given}
-        return [patient for patient in patients if patient in named]
-    return [p for p in patients if any("lesion" in cache.phase_record(p, phase).datasets for phase in PHASES)]
+def judged_by(cache: PairCache, split: Split, given: Measured | None) -> list[tuple[list[str], Measured | None]]:
+    """Patients of a split with lesions: those in the file with its diameters, others with masks as these have them."""
+    named = {patient for patient, _ in given or {}}
+    return [
+        ([patient for patient in paired(cache, split) if patient in named], given),
+        ([patient for patient in masked(cache, split) if patient not in named], None),
+    ]
+
+
+def masked(cache: PairCache, split: Split) -> list[str]:
+    """Pairs of a split where somebody drew lesions in either phase."""
+    return [p for p in paired(cache, split) if any("lesion" in cache.phase_record(p, f).datasets for f in PHASES)]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Fine-tuning on whole pairs: for registration, which needs no labels, and what other tasks on pairs share with it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class PairFinetuning:
     held_out: Sequence[TrainingPair | LesionPair]
     """Validation patients, the same at every evaluation, affines as they were found."""
     device: torch.device
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of what was read beside cache and encoder, under its name in the summary."""
 
     def read(self, index: int) -> Sequence[TrainingPair | LesionPair]:
         """Pairs of micro-batch `index`."""
@@ -163,7 +165,8 @@ def train(
     check_alone("fine-tuning")
     weights = None if encoder is None else file_sha256(encoder)
     labelled = f", labels of {' '.join(sorted(parts.pairs.labelled))}" if parts.pairs.labelled else ""
-    seen = f"{parts.cache.fingerprint()}, pairs {' '.join(parts.pairs.patients)}{labelled}, encoder {weights}"
+    also = "".join(f", {name} {sha256}" for name, sha256 in parts.inputs.items())
+    seen = f"{parts.cache.fingerprint()}, pairs {' '.join(parts.pairs.patients)}{labelled}, encoder {weights}{also}"
     run = RunFolder.start(out, parts.recipe.as_dict(), data_fingerprint=seen, resume=resume, overwrite=overwrite)
     run.say(describe(parts, encoder))
     if not parts.held_out:
@@ -184,6 +187,7 @@ def train(
         "patients": parts.pairs.patients,
         "draw": labels.draw,
         "encoder_sha256": weights,
+        **parts.inputs,
     }
     if parts.pairs.labelled:
         summary["labelled_patients"] = sorted(parts.pairs.labelled)

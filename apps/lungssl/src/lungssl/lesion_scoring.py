@@ -2,21 +2,25 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from lungssl_data.pair import Phase
 from lungssl_tasks.cosegmentation.lesion_pairs import LesionPair
+from lungssl_tasks.cosegmentation.lesions import PHASES
 from lungssl_tasks.cosegmentation.model import CosegmentationModel
 from lungssl_tasks.metrics import dice
 from lungssl_tasks.segmentation import IGNORE_LABEL
+from numpy import ndarray
 
 from lungssl.errors import DataError
 
-PHASES: tuple[Phase, Phase] = ("exhale", "inhale")
+Draw = Callable[[LesionPair], tuple[Bool[ndarray, "z y x"], Bool[ndarray, "z y x"]]]
+"""Makes a mask of a lesion's exhale crop, and one of its inhale crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +45,26 @@ def score_lesions(
 ) -> list[LesionScore]:
     """Scores of all lesions that somebody drew in; DataError where nobody drew in any."""
     model.to(device).eval()
+
+    def draw(pair: LesionPair) -> tuple[Bool[ndarray, "z y x"], Bool[ndarray, "z y x"]]:
+        with torch.inference_mode():
+            exhale, inhale = model(pair.exhale_hu.to(device), pair.inhale_hu.to(device))
+        return _likelier(exhale), _likelier(inhale)
+
+    return score_masks(draw, pairs)
+
+
+def score_masks(draw: Draw, pairs: Iterable[LesionPair]) -> list[LesionScore]:
+    """As `score_lesions`, of masks that anything draws."""
     scores = []
     for number, pair in enumerate(pairs, start=1):
-        with torch.inference_mode():
-            logits = model(pair.exhale_hu.to(device), pair.inhale_hu.to(device))
-        for phase, values in zip(PHASES, logits, strict=True):
+        for phase, mask in zip(PHASES, draw(pair), strict=True):
             truth, labels = getattr(pair, f"{phase}_truth"), getattr(pair, f"{phase}_labels")
             if truth is None:
                 continue
             known = (truth != IGNORE_LABEL).numpy()[0]
             there = (truth == 1).numpy()[0]
-            found = (values[:, 1] > values[:, 0]).cpu().numpy()[0] & known
+            found = mask & known
             scores.append(
                 LesionScore(
                     patient=pair.patient,
@@ -113,6 +126,10 @@ def write_scores(folder: Path, scores: list[LesionScore]) -> None:
         writer.writerows(rows)
     (folder / "summary.json").write_text(json.dumps(summary(scores), indent=2, allow_nan=False), encoding="utf-8")
     (folder / "table.txt").write_text(table(scores) + "\n", encoding="utf-8")
+
+
+def _likelier(logits: torch.Tensor) -> Bool[ndarray, "z y x"]:
+    return (logits[0, 1] > logits[0, 0]).cpu().numpy()
 
 
 def _mean(scores: list[LesionScore], name: str) -> float:

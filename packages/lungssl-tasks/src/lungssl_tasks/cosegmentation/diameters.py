@@ -1,31 +1,17 @@
 """Two diameters of a lesion on one axial slice, as RECIST has them measured, and the ellipsoid that they suggest.
 
-A file of them is CSV, one lesion of one scan a line, points in LPS mm:
-
-    patient,phase,long_a_x_mm,long_a_y_mm,long_a_z_mm,long_b_x_mm,...,short_a_x_mm,...,short_b_z_mm
-
-RECIST 1.1: Eisenhauer et al. 2009, doi:10.1016/j.ejca.2008.10.026. Points are (x, y, z), arrays (z, y, x).
+RECIST 1.1: Eisenhauer et al. 2009, doi:10.1016/j.ejca.2008.10.026. Points are (x, y, z) in LPS mm, arrays (z, y, x).
 """
 
-import csv
-import itertools
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from lungssl_data.pair import Phase
 from lungssl_data.volume import Geometry
 from numpy import ndarray
 from scipy import ndimage
 from scipy.spatial.distance import pdist, squareform
-
-LEAST_VOXELS = 20
-"""Of a lesion, or it is left out: with fewer its Dice says little of a network. Ours."""
-COLUMNS = tuple(
-    f"{axis}_{end}_{name}_mm" for axis, end, name in itertools.product(("long", "short"), ("a", "b"), ("x", "y", "z"))
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +21,8 @@ class Diameters:
     long_mm: Float[ndarray, "2 3"]
     """Ends."""
     short_mm: Float[ndarray, "2 3"]
+    source: str = ""
+    """Where they are from, for messages: a file and its line."""
 
     def centre_mm(self) -> Float[ndarray, "3"]:
         """Mean of the four ends."""
@@ -105,47 +93,44 @@ def measured(mask: Bool[ndarray, "z y x"], grid: Geometry) -> Diameters:
     return Diameters(**{n: np.array([[*end, z_mm] for end in two]) + grid.origin_mm for n, two in ends.items()})
 
 
-def lesions_of(types: UInt8[ndarray, "z y x"]) -> list[Bool[ndarray, "z y x"]]:
-    """Connected lesions (faces) of one type and of LEAST_VOXELS and more, the largest first; 0 is none."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A connected lesion of one type, as a mask no larger than it needs to be."""
+
+    mask: Bool[ndarray, "z y x"]
+    corner: tuple[int, int, int]
+    """Its first voxel in the scan."""
+    kind: int
+
+    @property
+    def voxels(self) -> int:
+        """How many."""
+        return int(self.mask.sum())
+
+    def diameters(self, scan: Geometry) -> Diameters:
+        """Measured; `scan` is the grid that the mask was cut from."""
+        x, y, z = (np.array(self.corner[::-1]) * scan.spacing_mm + scan.origin_mm).tolist()
+        z_vox, y_vox, x_vox = self.mask.shape
+        return measured(self.mask, dataclasses.replace(scan, shape=(z_vox, y_vox, x_vox), origin_mm=(x, y, z)))
+
+    def points_mm(self, scan: Geometry) -> Float[ndarray, "n 3"]:
+        """Middles of its voxels."""
+        return (np.argwhere(self.mask) + self.corner)[:, ::-1] * np.array(scan.spacing_mm) + scan.origin_mm
+
+    def holds(self, points_mm: Float[ndarray, "n 3"], scan: Geometry) -> Bool[ndarray, " n"]:
+        """Which points lie in its voxels."""
+        places = np.rint((points_mm - np.array(scan.origin_mm)) / scan.spacing_mm).astype(int)[:, ::-1] - self.corner
+        inside = ((places >= 0) & (places < self.mask.shape)).all(axis=1)
+        inside[inside] = self.mask[tuple(places[inside].T)]
+        return inside
+
+
+def lesions_of(types: UInt8[ndarray, "z y x"]) -> list[Part]:
+    """Connected lesions (faces) of one type, the largest first; 0 is none."""
     found = []
     for kind in np.unique(types[types > 0]).tolist():
         labels = np.zeros(types.shape, np.int32)
-        number = ndimage.label(types == kind, output=labels)
-        assert isinstance(number, int)
-        found += [labels == code for code in range(1, number + 1)]
-    return sorted((one for one in found if one.sum() >= LEAST_VOXELS), key=lambda one: -int(one.sum()))
-
-
-def read_diameters(path: Path) -> dict[tuple[str, Phase], list[Diameters]]:
-    """By patient and phase. Raises ValueError that names the line for what isn't as above."""
-    found: dict[tuple[str, Phase], list[Diameters]] = {}
-    with open(path, encoding="utf-8", newline="") as handle:
-        for number, row in enumerate(csv.DictReader(handle), start=2):
-            if missing := [name for name in ("patient", "phase", *COLUMNS) if not row.get(name)]:
-                raise ValueError(
-                    f"{path}, line {number}: {missing[0]} is missing; columns are patient, phase, {COLUMNS}"
-                )
-            try:
-                ends = np.array([float(row[name]) for name in COLUMNS]).reshape(2, 2, 3)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; give LPS mm") from error
-            if not np.isfinite(ends).all() or (np.linalg.norm(ends[:, 1] - ends[:, 0], axis=1) <= 0).any():
-                raise ValueError(f"{path}, line {number}: a diameter is 0 or not finite")
-            if np.ptp(ends[..., 2]) > 1e-3 or not (ends[0, 1] - ends[0, 0])[:2].any():
-                raise ValueError(f"{path}, line {number}: both diameters lie on one axial slice, these don't")
-            phase = row["phase"]
-            if phase not in ("exhale", "inhale"):
-                raise ValueError(f"{path}, line {number}: phase {phase!r}, expected exhale or inhale")
-            found.setdefault((row["patient"], phase), []).append(Diameters(long_mm=ends[0], short_mm=ends[1]))
-    return found
-
-
-def write_diameters(path: Path, lesions: Mapping[tuple[str, Phase], list[Diameters]]) -> None:
-    """The file that `read_diameters` reads."""
-    with open(path, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["patient", "phase", *COLUMNS])
-        for (patient, phase), some in lesions.items():
-            for one in some:
-                numbers = np.concatenate([one.long_mm, one.short_mm]).ravel()
-                writer.writerow([patient, phase, *(f"{value:.4f}" for value in numbers)])
+        ndimage.label(types == kind, output=labels)
+        for code, (z, y, x) in enumerate(ndimage.find_objects(labels), start=1):
+            found.append(Part(mask=labels[z, y, x] == code, corner=(z.start, y.start, x.start), kind=kind))
+    return sorted(found, key=lambda one: -one.voxels)

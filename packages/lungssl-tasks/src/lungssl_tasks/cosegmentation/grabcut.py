@@ -65,7 +65,7 @@ def pseudo_mask(
 ) -> Bool[ndarray, "z y x"]:
     """The lesion's voxels on an axis-aligned grid around it; `within`: what may be lesion at all, as the lung.
 
-    The largest connected part. Raises ValueError where no voxel lies in the seeds.
+    The largest connected part. Raises ValueError where the diameters' middle lies beyond the grid.
     """
     config = config or GrabCutConfig()
     trimap = seeds(hu, grid, lesion, config, within=within)
@@ -88,20 +88,21 @@ def seeds(
     *,
     within: Bool[ndarray, "z y x"] | None = None,
 ) -> UInt8[ndarray, "z y x"]:
-    """OUTSIDE, INSIDE or DOUBT for each voxel. Raises ValueError where none is INSIDE."""
+    """OUTSIDE, INSIDE or DOUBT for each voxel; the one at the lesion's middle is INSIDE, however small the lesion.
+
+    Raises ValueError where the middle lies beyond the grid.
+    """
     trimap = np.full(hu.shape, DOUBT, np.uint8)
     trimap[~lesion.box(grid, config.outside)] = OUTSIDE
     if config.least_hu is not None:
         trimap[hu < config.least_hu] = OUTSIDE
     if within is not None:
         trimap[~within] = OUTSIDE
-    inside = lesion.ellipsoid(grid, config.inside)
-    if not inside.any():  # smaller than a voxel: the one that holds its centre
-        distance = np.linalg.norm(lesion.axes_at(grid), axis=0)
-        inside = distance <= min(1.0, float(distance.min()))
-    if not inside.any():
-        raise ValueError("the diameters lie beyond the crop, or are smaller than its voxels")
-    trimap[inside] = INSIDE
+    middle = np.rint((lesion.centre_mm() - grid.origin_mm) / np.array(grid.spacing_mm)).astype(int)[::-1]
+    if (middle < 0).any() or (middle >= grid.shape).any():
+        raise ValueError(f"{lesion.source or 'the diameters'}: their middle lies beyond the crop; give LPS mm")
+    trimap[lesion.ellipsoid(grid, config.inside)] = INSIDE
+    trimap[tuple(middle)] = INSIDE
     return trimap
 
 
@@ -118,6 +119,8 @@ def cut_out(
     """Inside after the last round; `start` is what is taken for it in the first, `radius` 1 on the expected surface."""
     inside = (start | (trimap == INSIDE)) & (trimap != OUTSIDE)
     doubt = trimap == DOUBT
+    if not doubt.any():
+        return trimap == INSIDE
     values = hu.astype(np.float64)
     for _ in range(config.rounds):
         # Of what may be lesion at all: chest wall looks like a dense lesion, and would be its background.

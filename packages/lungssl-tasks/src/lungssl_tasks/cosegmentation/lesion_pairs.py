@@ -1,34 +1,39 @@
 """Crops around a patient's lesions in both phases, with labels from diameters or from masks.
 
-A lesion of exhale has its partner in inhale where the displacement, or the coarse affine, takes its centre into one;
-where it takes it into none, inhale's label is empty: air is back in it, or nobody saw it. So it is the other way round
-for lesions that only inhale has. A phase that nobody annotated (no mask, or no line in the file of diameters) is
-unknown. Stateless: sample i is a function of the seed and i alone.
+Where a phase has no such lesion (`lesions`), its label is empty. A phase that nobody annotated (no mask, or no line in
+the file of diameters) is unknown. Stateless: sample i is a function of the seed and i alone.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int16, UInt8
-from lungssl_data.cache import PairCache
-from lungssl_data.pair import AIR_HU, PhasePair, PhaseScan
+from lungssl_data.pair import AIR_HU, Phase, PhasePair, PhaseScan
 from lungssl_data.volume import Geometry
 from numpy import ndarray
 from scipy import ndimage
 from torch import Tensor
 
-from lungssl_tasks.cosegmentation.diameters import Diameters, lesions_of, measured
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig, pseudo_mask
+from lungssl_tasks.cosegmentation.lesions import (
+    PHASES,
+    Lesion,
+    Match,
+    Measured,
+    annotated,
+    centres_mm,
+    found_lesions,
+    partners,
+)
 from lungssl_tasks.segmentation import IGNORE_LABEL
 
 Supervision = Literal["diameters", "masks"]
 OTHERS = 1.3
 """Within so much of another lesion's box a crop's label is unknown: it is a lesion, but not this one."""
-PHASES = ("exhale", "inhale")
 MOST_BYTES = 2**31
 """Of crops kept in memory: some 250 lesions in crops of 96 voxels, or 5,000 in crops of 32."""
 
@@ -37,18 +42,25 @@ class NoLesionsError(ValueError):
     """Nothing to learn from, or to be judged by."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lesion:
-    """One lesion of one scan."""
+@runtime_checkable
+class Patients(Protocol):
+    """Pairs by patient, as `PairCache` has them."""
 
-    diameters: Diameters
-    mask: Bool[ndarray, "z y x"] | None
-    """All of it, on the scan's grid, where somebody drew it."""
+    def __getitem__(self, patient: str, /) -> PhasePair: ...
+
+
+def judged_shift(side_vox: int) -> int:
+    """How many voxels the lesion is off the middle of crops that a network is judged on, at most along each axis.
+
+    A quarter of the side: in phantoms' crops with lesions in their middles a ball there, which reads no HU, has a Dice
+    of 0.54 (docs/guide/cosegment.md).
+    """
+    return side_vox // 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LesionPair:
-    """Crops of both phases; one lesion is in their middle, in one of them perhaps none."""
+    """Crops of both phases; one lesion is about their middle, in one of them perhaps none."""
 
     patient: str
     exhale_hu: Float[Tensor, "1 1 z y x"]
@@ -57,7 +69,8 @@ class LesionPair:
     """1 this lesion, 0 none, IGNORE_LABEL unknown; as are the next three."""
     inhale_labels: UInt8[Tensor, "1 z y x"]
     exhale_truth: UInt8[Tensor, "1 z y x"] | None
-    """What somebody drew, if masks are there, whatever the labels are made of."""
+    """What somebody drew, if masks are there, whatever the labels are made of; None, too, for a lesion of fewer than
+    LEAST_VOXELS voxels here, and for one that is in the file of diameters, but not in this phase's masks or lines."""
     inhale_truth: UInt8[Tensor, "1 z y x"] | None
 
     def to(self, device: torch.device) -> "LesionPair":
@@ -71,8 +84,8 @@ class LesionPairs:
 
     def __init__(
         self,
-        cache: PairCache,
-        patients: list[str],
+        cache: Patients,
+        patients: Iterable[str],
         *,
         side_vox: int,
         supervision: Supervision,
@@ -80,7 +93,7 @@ class LesionPairs:
         seed: int,
         shift_vox: int = 0,
         flips: bool = False,
-        diameters: Mapping[tuple[str, str], list[Diameters]] | None = None,
+        diameters: Measured | None = None,
     ) -> None:
         """`shift_vox`: the most that a crop's middle is off the lesion's along each axis, both scans alike; `flips`:
         both scans mirrored along axes, each with a chance of a half. `diameters` by patient and phase; without them
@@ -89,25 +102,42 @@ class LesionPairs:
         self.cache, self.side_vox, self.supervision, self.grabcut = cache, side_vox, supervision, grabcut
         self.seed, self.shift_vox, self.flips, self.diameters = seed, shift_vox, flips, diameters
         self.labelled: frozenset[str] = frozenset()
-        self.matches: list[tuple[str, int | None, int | None]] = []
-        self._lesions: dict[str, dict[str, list[Lesion]]] = {}
-        self._crops: dict[int, dict[str, Crop]] = {}
+        self.matches: list[Match] = []
+        self._lesions: dict[str, dict[Phase, list[Lesion]]] = {}
+        self._crops: dict[Match, dict[Phase, Crop]] = {}
         self._crop_bytes = 0
-        self._pseudo: dict[tuple[str, str, int], tuple[Bool[ndarray, "z y x"], tuple[int, int, int]]] = {}
+        self._pseudo: dict[tuple[str, Phase, int], tuple[Bool[ndarray, "z y x"], tuple[int, int, int]]] = {}
+        self._last: PhasePair | None = None
         for patient in patients:
-            pair = cache[patient]
+            pair = self._pair(patient)
             lesions = {phase: found_lesions(pair, phase, diameters) for phase in PHASES}
             self._lesions[patient] = lesions
-            self.matches += [(patient, *match) for match in partners(pair, lesions["exhale"], lesions["inhale"])]
+            self.matches += partners(pair, lesions["exhale"], lesions["inhale"])
         if not self.matches:
             raise NoLesionsError(
                 "no patient with both phases has a lesion; a cache has them as masks, or give a file of diameters"
             )
         if supervision == "masks" and any(
-            one.mask is None for held in self._lesions.values() for some in held.values() for one in some
+            one.part is None for held in self._lesions.values() for some in held.values() for one in some
         ):
             raise ValueError("supervision by masks needs a mask of every lesion; take diameters")
-        self.patients = list(dict.fromkeys(match[0] for match in self.matches))
+
+    @property
+    def patients(self) -> list[str]:
+        """Those with lesions."""
+        return list(dict.fromkeys(match.patient for match in self.matches))
+
+    def keep(self, patients: Iterable[str]) -> None:
+        """Forget the other patients' lesions."""
+        chosen = set(patients)
+        self.matches = [match for match in self.matches if match.patient in chosen]
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Cut all crops, and with them make all pseudo-masks, before they are needed; a line of progress in ten."""
+        for number, match in enumerate(self.matches, start=1):
+            self.crops(match)
+            if number % 10 == 0 or number == len(self.matches):
+                say(f"labels of lesions: {number}/{len(self.matches)}")
 
     def __len__(self) -> int:
         return len(self.matches)
@@ -123,70 +153,90 @@ class LesionPairs:
         random = np.random.default_rng([self.seed, index, 1])
         shift = random.integers(-self.shift_vox, self.shift_vox + 1, 3)
         axes = tuple(axis for axis in range(3) if self.flips and random.random() < 0.5)
-        patient = self.matches[order[place]][0]
+        match = self.matches[order[place]]
         # z y x: where the sample begins in a crop that has room for every shift
         cut = tuple(slice(start, start + self.side_vox) for start in (self.shift_vox + shift).tolist())
         held: dict[str, Tensor | None] = {}
-        for phase, crop in self.crops(int(order[place])).items():
+        for phase, crop in self.crops(match).items():
             for name, values in (("hu", crop.hu), ("labels", crop.labels), ("truth", crop.truth)):
                 value = None if values is None else torch.from_numpy(np.flip(values[cut], axes).copy())[None]
                 held[f"{phase}_{name}"] = value[None].float() if value is not None and name == "hu" else value
-        return LesionPair(patient=patient, **held)  # pyright: ignore[reportArgumentType]
+        return LesionPair(patient=match.patient, **held)  # pyright: ignore[reportArgumentType]
 
-    def crops(self, match: int) -> dict[str, "Crop"]:
+    def crops(self, match: Match) -> dict[Phase, "Crop"]:
         """Of both phases, `shift_vox` larger on every side than samples; kept, up to MOST_BYTES of all."""
         if match in self._crops:
             return self._crops[match]
-        patient, *chosen = self.matches[match]
-        pair = self.cache[patient]
-        centres = centres_mm(pair, self._lesions[patient], (chosen[0], chosen[1]))
-        made = {}
-        for phase, which in zip(PHASES, chosen, strict=True):
-            scan = pair.scan("exhale" if phase == "exhale" else "inhale")
-            lesions = self._lesions[patient][phase]
+        pair = self._pair(match.patient)
+        centres = centres_mm(pair, self._lesions[match.patient], match)
+        made: dict[Phase, Crop] = {}
+        for phase, which in zip(PHASES, (match.exhale, match.inhale), strict=True):
+            scan = pair.scan(phase)
             box = Box.around(scan, centres[phase], self.side_vox, self.shift_vox)
-            truth = None
-            if self.diameters is None and scan.lesion is not None:
-                truth = np.where(box.cut(scan.valid, 0) > 0, np.uint8(0), np.uint8(IGNORE_LABEL))
-                for k, lesion in enumerate(lesions):
-                    assert lesion.mask is not None
-                    truth[box.cut(lesion.mask, False)] = 1 if k == which else IGNORE_LABEL
-            if annotated(pair, phase, self.diameters):
-                labels = self._labels(patient, phase, scan, lesions, which, box)
-            else:
-                labels = np.full((box.side,) * 3, np.uint8(IGNORE_LABEL))
-            made[phase] = Crop(hu=box.cut(scan.ct_hu, int(AIR_HU)), labels=labels, truth=truth)
+            hu = box.cut(scan.ct_hu, int(AIR_HU))
+            made[phase] = Crop(hu=hu, labels=self._labels(pair, phase, which, box), truth=None)
+            made[phase] = dataclasses.replace(made[phase], truth=self._truth(pair, phase, which, box))
         size = sum(one.nbytes() for one in made.values())
         if self._crop_bytes + size <= MOST_BYTES:
             self._crops[match] = made
             self._crop_bytes += size
         return made
 
-    def _labels(
-        self, patient: str, phase: str, scan: PhaseScan, lesions: list[Lesion], which: int | None, box: "Box"
-    ) -> UInt8[ndarray, "z y x"]:
+    def _labels(self, pair: PhasePair, phase: Phase, which: tuple[int, ...], box: "Box") -> UInt8[ndarray, "z y x"]:
+        scan, lesions = pair.scan(phase), self._lesions[pair.patient][phase]
+        if not annotated(pair, phase, self.diameters):
+            return np.full((box.side,) * 3, np.uint8(IGNORE_LABEL))
         labels = np.where(box.cut(scan.valid, 0) > 0, np.uint8(0), np.uint8(IGNORE_LABEL))
-        grid = box.geometry(scan)
+        grid, learnt = box.geometry(scan), () if self._too_small(pair.patient, phase, which) else which
         for k, other in enumerate(lesions):
-            if k != which:
-                mask = other.mask if self.supervision == "masks" else None
-                beside = other.diameters.box(grid, OTHERS) if mask is None else box.cut(mask, False)
-                labels[beside] = IGNORE_LABEL
-        if which is not None:
-            lesion = lesions[which]
+            if k in learnt:
+                continue
+            if self.supervision == "masks" or other.small:
+                assert other.part is not None
+                labels[box.cut(other.part.mask, False, other.part.corner)] = IGNORE_LABEL
+            elif box.meets(scan, other.diameters.centre_mm(), OTHERS * 2 * max(other.diameters.half_axes_mm())):
+                labels[other.diameters.box(grid, OTHERS)] = IGNORE_LABEL
+        for k in learnt:
+            part = lesions[k].part
             if self.supervision == "masks":
-                assert lesion.mask is not None
-                labels[box.cut(lesion.mask, False)] = 1
+                assert part is not None
+                labels[box.cut(part.mask, False, part.corner)] = 1
             else:
-                mask, corner = self.pseudo(patient, phase, which)
+                mask, corner = self.pseudo(pair.patient, phase, k)
                 labels[box.cut(mask, False, corner)] = 1
         return labels
 
-    def pseudo(self, patient: str, phase: str, which: int) -> tuple[Bool[ndarray, "z y x"], tuple[int, int, int]]:
+    def _truth(
+        self, pair: PhasePair, phase: Phase, which: tuple[int, ...], box: "Box"
+    ) -> UInt8[ndarray, "z y x"] | None:
+        scan = pair.scan(phase)
+        parts = [self._lesions[pair.patient][phase][k].part for k in which]
+        if scan.lesion is None or None in parts or self._too_small(pair.patient, phase, which):
+            return None
+        if self.diameters is not None and not which:  # not measured here; whether it is here only its mask says
+            return None
+        truth = np.where(box.cut(scan.valid, 0) > 0, np.uint8(0), np.uint8(IGNORE_LABEL))
+        truth[box.cut(scan.lesion, 0) > 0] = IGNORE_LABEL
+        for part in parts:
+            assert part is not None
+            truth[box.cut(part.mask, False, part.corner)] = 1
+        return truth
+
+    def _too_small(self, patient: str, phase: Phase, which: tuple[int, ...]) -> bool:
+        """Whether a lesion has no more than small parts in this phase."""
+        return any(self._lesions[patient][phase][k].small for k in which)
+
+    def _pair(self, patient: str) -> PhasePair:
+        """A patient, read once while one asks for its lesions in turn."""
+        if self._last is None or self._last.patient != patient:
+            self._last = self.cache[patient]
+        return self._last
+
+    def pseudo(self, patient: str, phase: Phase, which: int) -> tuple[Bool[ndarray, "z y x"], tuple[int, int, int]]:
         """A lesion's pseudo-mask, and its first voxel (z, y, x) in the scan. Made once."""
         key = (patient, phase, which)
         if key not in self._pseudo:
-            scan = self.cache[patient].scan("exhale" if phase == "exhale" else "inhale")
+            scan = self._pair(patient).scan(phase)
             lesion = self._lesions[patient][phase][which].diameters
             reach = max(lesion.half_axes_mm()) * self.grabcut.outside * 1.5
             middle, shape = index_of(scan, lesion.centre_mm()), np.array(scan.ct_hu.shape)
@@ -206,8 +256,8 @@ class LesionPairs:
             self._pseudo[key] = mask, (z, y, x)
         return self._pseudo[key]
 
-    def lesion(self, patient: str, phase: str, which: int) -> Lesion:
-        """One of a patient's, by its place in a match."""
+    def lesion(self, patient: str, phase: Phase, which: int) -> Lesion:
+        """One of a patient's, by its number in a match."""
         return self._lesions[patient][phase][which]
 
 
@@ -239,6 +289,12 @@ class Box:
         z, y, x = (index_of(scan, centre_mm) - side // 2 - margin).tolist()
         return Box(low=(z, y, x), side=side + 2 * margin)
 
+    def meets(self, scan: PhaseScan, centre_mm: Float[ndarray, "3"], radius_mm: float) -> bool:
+        """Whether a cube of this radius around a point may reach into it."""
+        reach = np.ceil(radius_mm / np.array(scan.spacing_mm[::-1]))
+        place = index_of(scan, centre_mm) - self.low
+        return bool((place + reach >= 0).all() and (place - reach < self.side).all())
+
     def geometry(self, scan: PhaseScan) -> Geometry:
         """Its grid in LPS mm."""
         x, y, z = (np.array(self.low[::-1]) * np.array(scan.spacing_mm) + scan.origin_mm).tolist()
@@ -259,78 +315,3 @@ class Box:
 def index_of(scan: PhaseScan, point_mm: Float[ndarray, "3"]) -> ndarray:
     """The voxel (z, y, x) nearest to a point."""
     return np.rint((point_mm - scan.origin_mm) / np.asarray(scan.spacing_mm)).astype(int)[::-1]
-
-
-def annotated(pair: PhasePair, phase: str, diameters: Mapping[tuple[str, str], list[Diameters]] | None) -> bool:
-    """Whether anybody looked for lesions in this phase."""
-    if diameters is not None:
-        return (pair.patient, phase) in diameters
-    return pair.scan("exhale" if phase == "exhale" else "inhale").lesion is not None
-
-
-def found_lesions(
-    pair: PhasePair, phase: str, diameters: Mapping[tuple[str, str], list[Diameters]] | None
-) -> list[Lesion]:
-    """A phase's lesions: with given diameters those, else of the mask's parts; none for a phase that isn't there."""
-    if len(pair.phases()) < 2:
-        return []
-    if diameters is not None:
-        return [Lesion(diameters=one, mask=None) for one in diameters.get((pair.patient, phase), [])]
-    scan = pair.scan("exhale" if phase == "exhale" else "inhale")
-    if scan.lesion is None:
-        return []
-    return [Lesion(diameters=measured(mask, scan.geometry()), mask=mask) for mask in lesions_of(scan.lesion)]
-
-
-def partners(pair: PhasePair, exhale: list[Lesion], inhale: list[Lesion]) -> list[tuple[int | None, int | None]]:
-    """Which lesions are one: each of exhale with the nearest of inhale whose ellipsoid its centre comes into, if there
-    is one that no nearer lesion has; then those of inhale that are left.
-    """
-    near = []
-    for i, one in enumerate(exhale):
-        place = moved_mm(pair, one.diameters.centre_mm())
-        for j, other in enumerate(inhale):
-            distance = float(np.linalg.norm(other.diameters.axes_of(place[None])))
-            if distance <= 1:
-                near.append((distance, i, j))
-    found: dict[int, int] = {}
-    for _, i, j in sorted(near):
-        if i not in found and j not in found.values():
-            found[i] = j
-    alone = [(None, j) for j in range(len(inhale)) if j not in found.values()]
-    return [*((i, found.get(i)) for i in range(len(exhale))), *alone]
-
-
-def centres_mm(
-    pair: PhasePair, lesions: Mapping[str, list[Lesion]], match: tuple[int | None, int | None]
-) -> dict[str, Float[ndarray, "3"]]:
-    """Middles of both crops: the lesion's, or where the other's lies."""
-    i, j = match
-    if i is not None:
-        exhale = lesions["exhale"][i].diameters.centre_mm()
-        inhale = moved_mm(pair, exhale) if j is None else lesions["inhale"][j].diameters.centre_mm()
-        return {"exhale": exhale, "inhale": inhale}
-    assert j is not None
-    inhale = lesions["inhale"][j].diameters.centre_mm()
-    return {"exhale": moved_mm(pair, inhale, back=True), "inhale": inhale}
-
-
-def moved_mm(pair: PhasePair, point_mm: Float[ndarray, "3"], *, back: bool = False) -> Float[ndarray, "3"]:
-    """An exhale point in inhale by the displacement where it is known, else by the coarse affine.
-
-    `back`, which needs no more than a crop's middle, by the affine's inverse, corrected once by the displacement.
-    Raises ValueError for a pair without an affine.
-    """
-    affine = pair.exhale_to_inhale
-    if affine is None:
-        raise ValueError(f"patient {pair.patient} has no coarse affine; build the cache again")
-    if back:
-        start = np.linalg.solve(affine[:, :3], point_mm - affine[:, 3])
-        return start + np.linalg.solve(affine[:, :3], point_mm - moved_mm(pair, start))
-    field = pair.displacement
-    if field is not None:
-        z, y, x = np.rint((point_mm - field.origin_mm) / np.asarray(field.spacing_mm)).astype(int)[::-1]
-        inside = all(0 <= k < n for k, n in zip((z, y, x), field.u_mm.shape[1:], strict=True))
-        if inside and np.isfinite(u_mm := field.u_mm[:, z, y, x].astype(np.float64)).all():
-            return point_mm + u_mm
-    return affine[:, :3] @ point_mm + affine[:, 3]
