@@ -16,7 +16,7 @@ from lungssl_tasks.model_folder import save_cosegmentation
 
 from lungssl import lesion_scoring
 from lungssl.config import Recipe
-from lungssl.errors import ConfigError, DataError, did_you_mean
+from lungssl.errors import ConfigError, DataError
 from lungssl.finetuning import Labels, encoder_of, file_sha256
 from lungssl.finetuning_registration import PairFinetuning, cost_of, paired, train
 from lungssl.training.precision import pick_device
@@ -143,8 +143,9 @@ def checked_diameters(path: Path, cache: PairCache) -> Measured:
         for (patient, phase), lesions in given.items():
             source = lesions[0].source
             if patient not in known:  # not quoted: who isn't in the cache may be named by more than an id
-                close = did_you_mean(patient, known) if len(known) > 20 else f"; known: {', '.join(sorted(known))}"
-                raise ValueError(f"{source}: its patient isn't in the cache {cache.folder}{close}")
+                raise ValueError(
+                    f"{source}: its patient isn't among the {len(known)} in {cache.folder}; give the ids of its files"
+                )
             if phase not in cache.record(patient).phases():
                 raise ValueError(f"{source}, patient {patient}: the cache has no {phase} scan; leave the line out")
         for patient in dict.fromkeys(patient for patient, _ in given):

@@ -66,6 +66,7 @@ def check_places(lesions: Measured, patient: str, phase: Phase, scan: PhaseScan)
 
     Says where a file in RAS, or with other axes first, would have them inside.
     """
+    lung_mm = np.argwhere(scan.lung > 0)[:, ::-1] * np.array(scan.spacing_mm) + scan.origin_mm
     for one in lesions.get((patient, phase), []):
         ends = np.concatenate([one.long_mm, one.short_mm])
         where = f"{one.source}, patient {patient}"
@@ -76,15 +77,12 @@ def check_places(lesions: Measured, patient: str, phase: Phase, scan: PhaseScan)
                 f"{where}: end {_text(outside)} lies outside of the {phase} scan, which goes from {_text(low)} to "
                 f"{_text(high)}{_guess(ends, scan)}; give x, y, z in LPS mm of this patient's {phase}"
             )
-        lung = np.argwhere(scan.lung > 0)
-        if len(lung):
-            points = lung[:, ::-1] * np.array(scan.spacing_mm) + scan.origin_mm
-            half = np.maximum(np.array(one.half_axes_mm()) * BESIDE, max(scan.spacing_mm))
-            if not (np.abs(one.axes_of(points)) * one.half_axes_mm() <= half).all(axis=1).any():
-                raise ValueError(
-                    f"{where}: there is no lung about {_text(one.centre_mm())} of {phase}"
-                    f"{_guess(ends, scan)}; look whether they are in LPS mm of this scan, or leave the line out"
-                )
+        half_mm = np.maximum(np.array(one.half_axes_mm()) * BESIDE, max(scan.spacing_mm))
+        if len(lung_mm) and not (np.abs(one.axes_of(lung_mm)) * one.half_axes_mm() <= half_mm).all(axis=1).any():
+            raise ValueError(
+                f"{where}: there is no lung about {_text(one.centre_mm())} of {phase}{_guess(ends, scan)}; "
+                "look whether they are in LPS mm of this scan, or leave the line out"
+            )
 
 
 def _lesion_of(row: dict[str, str | None], where: str) -> tuple[str, Phase, Diameters]:
