@@ -4,11 +4,12 @@ Run: uv run python benchmarks/bench_cosegment.py [--arms diameters,masks,...] [-
 
 `lungssl finetune cosegment` on phantoms of 4 mm with ground glass and consolidation, judged on those of split `test` by
 the Dice of each phase's lesions, mean over patients of means over lesions. Lesions lie up to a quarter of the side off
-the middles of crops, always at the same places; networks aren't told where. Arms: `diameters` (labels cut out by
-GrabCut from two diameters each), `masks` (the bound), `own` (diameters, channels weighed by the scan's own features),
-`none` (diameters, no gate). Rivals, which learn nothing: `ball` (in the crop's middle, of the training lesions' mean
-radius), `told_ball` (the same in crops with lesions in their middles: it is told where), `grabcut` (what it makes of
-the judged lesions' own diameters, which no network is told). Results go on from `results/cosegment.json`, an arm's row
+the middles of crops, always at the same places. Arms: `diameters` (labels cut out by GrabCut from two diameters each;
+networks are told these diameters, of judged lesions too), `masks` (the bound, told as well), `own` (diameters, channels
+weighed by the scan's own features), `none` (diameters, no gate), `untold` and `untold_masks` (networks that aren't
+told). Rivals, which learn nothing: `ball` (in the crop's middle, of the training lesions' mean
+radius), `told_ball` (the same in crops with lesions in their middles: it is told where), `ellipsoid` (of the
+judged lesions' diameters), `grabcut` (what it makes of them). Results go on from `results/cosegment.json`, an arm's row
 replaced when run again; `--quick`: 8 phantoms of 6 mm, 4 steps, apart. The last line is one JSON object:
 `share_of_masks` is the diameters' Dice by that of the masks, which is to be 0.85 at least; ratios are error (1 - Dice)
 of a rival by the diameters'.
@@ -38,6 +39,7 @@ from lungssl_tasks.cosegmentation.lesion_pairs import LesionPair
 from lungssl_tasks.cosegmentation.lesions import LEAST_VOXELS, PHASES
 from lungssl_tasks.model_folder import load_cosegmentation
 from numpy import ndarray
+from torch import Tensor
 
 HERE = Path(__file__).parent
 LEAST_SHARE = 0.85
@@ -49,8 +51,10 @@ ARMS = {
     "masks": ["task.supervision=masks"],
     "own": ["task.model.attention=own"],
     "none": ["task.model.attention=none"],
+    "untold": ["task.model.told=false"],
+    "untold_masks": ["task.model.told=false", "task.supervision=masks"],
 }
-RIVALS = ("ball", "told_ball", "grabcut")
+RIVALS = ("ball", "told_ball", "ellipsoid", "grabcut")
 
 
 def main() -> None:
@@ -115,6 +119,8 @@ def rival(arm: str, cache: PairCache) -> dict[str, Any]:
     lesions = judged_lesions(cache, "test", side_vox=SIDE_VOX, shift_vox=shift_vox)
     if arm == "grabcut":
         return summary(score_masks(lambda pair: (cut_out(pair, "exhale"), cut_out(pair, "inhale")), lesions))
+    if arm == "ellipsoid":
+        return summary(score_masks(lambda pair: (inside(pair.exhale_told), inside(pair.inhale_told)), lesions))
     radius_vox = mean_radius_vox(cache)
     apart = np.indices((SIDE_VOX,) * 3) - SIDE_VOX // 2
     ball = (apart**2).sum(axis=0) <= radius_vox**2
@@ -124,6 +130,11 @@ def rival(arm: str, cache: PairCache) -> dict[str, Any]:
 def cut_out(pair: LesionPair, phase: str) -> Bool[ndarray, "z y x"]:
     """GrabCut's mask."""
     return (getattr(pair, f"{phase}_labels") == 1).numpy()[0]
+
+
+def inside(told: Tensor) -> Bool[ndarray, "z y x"]:
+    """The diameters' ellipsoid."""
+    return (told >= 0.5).numpy()[0, 0]
 
 
 def mean_radius_vox(cache: PairCache) -> float:

@@ -12,7 +12,7 @@ from lungssl_backbones import create_backbone
 from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.pair import Displacement, PhasePair, PhaseScan
 from lungssl_data.volume import Geometry
-from lungssl_tasks.cosegmentation.diameters import Diameters, lesions_of, measured
+from lungssl_tasks.cosegmentation.diameters import Diameters, lesions_of, measured, told_of
 from lungssl_tasks.cosegmentation.diameters_file import check_places, read_diameters, write_diameters
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig, log_density, minimum_cut, mixture, pseudo_mask
 from lungssl_tasks.cosegmentation.lesion_pairs import LesionPairs
@@ -65,6 +65,9 @@ def test_the_ellipsoid_is_known_at_its_ends_and_by_its_volume() -> None:
     np.testing.assert_allclose(lesion.axes_of(ends), [[1, 0, 0], [0, -1, 0], [0, 0, 0.5]], atol=1e-12)
     assert lesion.ellipsoid(grid).sum() * 8 == pytest.approx(4 / 3 * np.pi * 20 * 10 * 10, rel=0.03)
     assert lesion.box(grid, 1.3).sum() * 8 == pytest.approx(40 * 20 * 20 * 1.3**3, rel=0.05)
+    told = told_of([lesion, lesion.moved(np.array([200.0, 0, 0]))], grid)  # the second one's is 0 here
+    assert np.array_equal(told >= 0.5, lesion.ellipsoid(grid)) and 0.9 < told.max() <= 1
+    assert np.array_equal(told > 0, lesion.ellipsoid(grid, 2.0))
     again = measured(lesion.ellipsoid(grid), grid)
     assert again.half_axes_mm()[:2] == pytest.approx((20, 10), abs=1.5)
     assert np.linalg.norm(again.centre_mm() - lesion.centre_mm()) < 1.5
@@ -313,6 +316,8 @@ def test_a_sample_is_a_function_of_its_index_and_both_scans_are_mirrored_alike(c
         for phase in ("exhale", "inhale"):
             hu, labels = getattr(one, f"{phase}_hu")[0, 0], getattr(one, f"{phase}_labels")[0]
             assert ((hu > -600) & (labels == 0)).float().mean() < 1e-3  # labels go with their image
+            told = getattr(one, f"{phase}_told")[0, 0]
+            assert ((told >= 0.45) | (labels != 1)).float().mean() > 0.99 and told.max() > 0.9  # and what is told
     places = [torch.argwhere(pairs.pair(index).exhale_labels[0] == 1).float().mean(0) for index in range(8)]
     assert len({tuple(place.tolist()) for place in places}) > 4
 
@@ -366,8 +371,8 @@ def test_attention_gates_channels_by_the_other_scan_and_places_by_itself() -> No
 def task(**more: Any) -> CosegmentationTask:
     torch.manual_seed(0)
     encoder: Any = create_backbone("resenc_tiny", widths=(8, 16, 16), depths=(1, 1, 1), spacing_mm=4.0)
-    attention = more.pop("attention", "co")
-    config = CosegmentationModel.Config(segment=SEGMENT, attention=attention)
+    parts = {name: more.pop(name) for name in ("attention", "told") if name in more}
+    config = CosegmentationModel.Config(segment=SEGMENT, **parts)
     return CosegmentationTask.Config(model=config, side_vox=16, **more).build(encoder)
 
 
@@ -377,12 +382,31 @@ def test_scans_meet_where_they_should_and_are_treated_alike(attention: str, meet
     if model.attend is not None:
         torch.nn.init.normal_(model.attend.channels[-1].weight)  # pyright: ignore[reportArgumentType]
     one, two, three = (torch.rand(1, 1, 16, 16, 16) * 1000 - 900 for _ in range(3))
+    told, there = torch.rand(1, 1, 16, 16, 16), torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
-        exhale, inhale = model(one, two)
-        swapped = model(two, one)
-        changed, _ = model(one, three)
+        exhale, inhale = model(one, two, told, there)
+        swapped = model(two, one, there, told)
+        changed, _ = model(one, three, told, there)
     torch.testing.assert_close((exhale, inhale), swapped[::-1])
     assert torch.allclose(exhale, changed) is not meets
+
+
+def test_a_network_is_told_where_the_lesion_is_and_need_not_listen() -> None:
+    crops = [torch.rand(1, 1, 16, 16, 16) * 1000 - 900 for _ in range(2)]
+    here, elsewhere = torch.rand(1, 1, 16, 16, 16), torch.rand(1, 1, 16, 16, 16)
+    torch.manual_seed(3)
+    for told in (True, False):
+        model = task(told=told).model.eval()
+        with torch.no_grad():
+            first = model(*crops, here, here)
+            torch.testing.assert_close(model(*crops, elsewhere, here), first)  # at first nothing comes of it
+            assert len(model.told) == (3 if told else 0)
+            for one in model.told:
+                torch.nn.init.ones_(one.weight)  # pyright: ignore[reportArgumentType]
+            exhale, inhale = model(*crops, elsewhere, here)
+        assert torch.equal(exhale, first[0]) is not told
+        if not told:
+            assert torch.equal(inhale, first[1])
 
 
 def test_it_learns_from_diameters_and_leaves_empty_what_vanished(cache: PairCache) -> None:
@@ -402,7 +426,8 @@ def test_it_learns_from_diameters_and_leaves_empty_what_vanished(cache: PairCach
     for index in range(4):
         pair = judged.pair(index)
         with torch.no_grad():
-            exhale, inhale = (logits.argmax(dim=1) == 1 for logits in built.model(pair.exhale_hu, pair.inhale_hu))
+            found = built.model(pair.exhale_hu, pair.inhale_hu, pair.exhale_told, pair.inhale_told)
+            exhale, inhale = (logits.argmax(dim=1) == 1 for logits in found)
         known = pair.exhale_labels != IGNORE_LABEL
         assert dice((exhale & known)[0].numpy(), (pair.exhale_labels == 1)[0].numpy()) > 0.7
         if not (pair.inhale_labels == 1).any():  # per-phase masks: nothing is forced to agree
@@ -422,7 +447,7 @@ def test_a_folder_holds_the_whole_network(tmp_path: Path) -> None:
     model = task(attention="own").model.eval()
     save_cosegmentation(tmp_path / "model", model, side_vox=16)
     again, side_vox = load_cosegmentation(tmp_path / "model")
-    crops = [torch.rand(1, 1, 16, 16, 16) * 1000 - 900 for _ in range(2)]
+    crops = [torch.rand(1, 1, 16, 16, 16) * 1000 - 900 for _ in range(2)] + [torch.rand(1, 1, 16, 16, 16)] * 2
     with torch.no_grad():
         torch.testing.assert_close(model(*crops), again(*crops), rtol=0, atol=0)
     assert side_vox == 16 and again.config == model.config

@@ -48,7 +48,8 @@ def score_lesions(
 
     def draw(pair: LesionPair) -> tuple[Bool[ndarray, "z y x"], Bool[ndarray, "z y x"]]:
         with torch.inference_mode():
-            exhale, inhale = model(pair.exhale_hu.to(device), pair.inhale_hu.to(device))
+            there = pair.to(device)
+            exhale, inhale = model(there.exhale_hu, there.inhale_hu, there.exhale_told, there.inhale_told)
         return _likelier(exhale), _likelier(inhale)
 
     return score_masks(draw, pairs)

@@ -218,6 +218,7 @@ def load_cosegmentation(folder: Path) -> tuple[CosegmentationModel, int]:
     def build(encoder: Encoder, card: dict[str, Any]) -> CosegmentationModel:
         values = dict(card["cosegmentation"])
         segment = SegmentationModel.Config(**values.pop("segment"))
+        values.setdefault("told", False)  # older networks weren't
         return CosegmentationModel.Config(segment=segment, **values).build(encoder)
 
     model, card = _read(folder, COSEGMENTATION_FORMAT, build)

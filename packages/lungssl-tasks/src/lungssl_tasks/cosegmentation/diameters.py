@@ -4,6 +4,7 @@ RECIST 1.1: Eisenhauer et al. 2009, doi:10.1016/j.ejca.2008.10.026. Points are (
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,10 @@ class Diameters:
         a, b, c = self.half_axes_mm()
         return np.stack([(x * along[0] + y * along[1]) / a, (y * along[0] - x * along[1]) / b, z / c], axis=1)
 
+    def moved(self, by_mm: Float[ndarray, "3"]) -> "Diameters":
+        """The same ones elsewhere."""
+        return Diameters(long_mm=self.long_mm + by_mm, short_mm=self.short_mm + by_mm)
+
     def ellipsoid(self, grid: Geometry, scale: float = 1.0) -> Bool[ndarray, "z y x"]:
         """Voxels inside, its half axes scaled."""
         return np.linalg.norm(self.axes_at(grid), axis=0) <= scale
@@ -57,6 +62,16 @@ class Diameters:
     def box(self, grid: Geometry, scale: float = 1.0) -> Bool[ndarray, "z y x"]:
         """Voxels inside the box around the ellipsoid, along its axes, scaled."""
         return np.asarray((np.abs(self.axes_at(grid)) <= scale).all(axis=0))
+
+
+def told_of(diameters: Iterable[Diameters], grid: Geometry) -> Float[ndarray, "z y x"]:
+    """What a network is told of where a lesion is: 1 in the middle of its ellipsoid, 1/2 on it, 0 at twice its half
+    axes and beyond; of several parts the largest. Ours.
+    """
+    told = np.zeros(grid.shape)
+    for one in diameters:
+        told = np.maximum(told, 1 - np.linalg.norm(one.axes_at(grid), axis=0) / 2)
+    return told
 
 
 def measured(mask: Bool[ndarray, "z y x"], grid: Geometry) -> Diameters:

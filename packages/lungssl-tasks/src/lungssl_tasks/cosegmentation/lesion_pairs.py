@@ -11,13 +11,14 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int16, UInt8
-from lungssl_data.pair import AIR_HU, Phase, PhasePair, PhaseScan
-from lungssl_data.volume import Geometry
+from jaxtyping import Bool, Float, UInt8
+from lungssl_data.pair import AIR_HU, Phase, PhasePair
 from numpy import ndarray
 from scipy import ndimage
 from torch import Tensor
 
+from lungssl_tasks.cosegmentation.boxes import Box, Crop, index_of
+from lungssl_tasks.cosegmentation.diameters import told_of
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig, pseudo_mask
 from lungssl_tasks.cosegmentation.lesions import (
     PHASES,
@@ -28,6 +29,7 @@ from lungssl_tasks.cosegmentation.lesions import (
     centres_mm,
     found_lesions,
     partners,
+    told_diameters,
 )
 from lungssl_tasks.segmentation import IGNORE_LABEL
 
@@ -72,6 +74,9 @@ class LesionPair:
     """What somebody drew, if masks are there, whatever the labels are made of; None, too, for a lesion of fewer than
     LEAST_VOXELS voxels here, and for one that is in the file of diameters, but not in this phase's masks or lines."""
     inhale_truth: UInt8[Tensor, "1 z y x"] | None
+    exhale_told: Float[Tensor, "1 1 z y x"]
+    """Where the lesion is said to be (`told_of`), by its own diameters, or where the other phase's lead."""
+    inhale_told: Float[Tensor, "1 1 z y x"]
 
     def to(self, device: torch.device) -> "LesionPair":
         """On a device."""
@@ -161,6 +166,8 @@ class LesionPairs:
             for name, values in (("hu", crop.hu), ("labels", crop.labels), ("truth", crop.truth)):
                 value = None if values is None else torch.from_numpy(np.flip(values[cut], axes).copy())[None]
                 held[f"{phase}_{name}"] = value[None].float() if value is not None and name == "hu" else value
+            told = torch.from_numpy(np.flip(crop.told[cut], axes).copy())
+            held[f"{phase}_told"] = told[None, None].float() / 255
         return LesionPair(patient=match.patient, **held)  # pyright: ignore[reportArgumentType]
 
     def crops(self, match: Match) -> dict[Phase, "Crop"]:
@@ -168,14 +175,19 @@ class LesionPairs:
         if match in self._crops:
             return self._crops[match]
         pair = self._pair(match.patient)
-        centres = centres_mm(pair, self._lesions[match.patient], match)
+        lesions = self._lesions[match.patient]
+        centres, told = centres_mm(pair, lesions, match), told_diameters(pair, lesions, match)
         made: dict[Phase, Crop] = {}
         for phase, which in zip(PHASES, (match.exhale, match.inhale), strict=True):
             scan = pair.scan(phase)
             box = Box.around(scan, centres[phase], self.side_vox, self.shift_vox)
             hu = box.cut(scan.ct_hu, int(AIR_HU))
-            made[phase] = Crop(hu=hu, labels=self._labels(pair, phase, which, box), truth=None)
-            made[phase] = dataclasses.replace(made[phase], truth=self._truth(pair, phase, which, box))
+            made[phase] = Crop(
+                hu=hu,
+                labels=self._labels(pair, phase, which, box),
+                truth=self._truth(pair, phase, which, box),
+                told=(255 * told_of(told[phase], box.geometry(scan))).astype(np.uint8),
+            )
         size = sum(one.nbytes() for one in made.values())
         if self._crop_bytes + size <= MOST_BYTES:
             self._crops[match] = made
@@ -259,59 +271,3 @@ class LesionPairs:
     def lesion(self, patient: str, phase: Phase, which: int) -> Lesion:
         """One of a patient's, by its number in a match."""
         return self._lesions[patient][phase][which]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Crop:
-    """What samples of one phase of a lesion are cut from."""
-
-    hu: Int16[ndarray, "z y x"]
-    labels: UInt8[ndarray, "z y x"]
-    """As in `LesionPair`."""
-    truth: UInt8[ndarray, "z y x"] | None
-
-    def nbytes(self) -> int:
-        """Of its arrays."""
-        return self.hu.nbytes + self.labels.nbytes + (0 if self.truth is None else self.truth.nbytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Box:
-    """A cube of voxels in a scan, perhaps beyond its border."""
-
-    low: tuple[int, int, int]
-    """First voxel (z, y, x)."""
-    side: int
-
-    @staticmethod
-    def around(scan: PhaseScan, centre_mm: Float[ndarray, "3"], side: int, margin: int) -> "Box":
-        """With a point in the middle, `margin` voxels larger than `side` on every side."""
-        z, y, x = (index_of(scan, centre_mm) - side // 2 - margin).tolist()
-        return Box(low=(z, y, x), side=side + 2 * margin)
-
-    def meets(self, scan: PhaseScan, centre_mm: Float[ndarray, "3"], radius_mm: float) -> bool:
-        """Whether a cube of this radius around a point may reach into it."""
-        reach = np.ceil(radius_mm / np.array(scan.spacing_mm[::-1]))
-        place = index_of(scan, centre_mm) - self.low
-        return bool((place + reach >= 0).all() and (place - reach < self.side).all())
-
-    def geometry(self, scan: PhaseScan) -> Geometry:
-        """Its grid in LPS mm."""
-        x, y, z = (np.array(self.low[::-1]) * np.array(scan.spacing_mm) + scan.origin_mm).tolist()
-        return dataclasses.replace(scan.geometry(), shape=(self.side,) * 3, origin_mm=(x, y, z))
-
-    def cut(self, values: ndarray, beyond: float | int | bool, corner: tuple[int, int, int] = (0, 0, 0)) -> ndarray:
-        """Values in it, of an array whose first voxel is `corner` of the scan; `beyond` outside the array."""
-        out = np.full((self.side,) * 3, beyond, values.dtype)
-        first = np.array(self.low) - corner
-        low, high = np.maximum(first, 0), np.minimum(first + self.side, values.shape)
-        if (high > low).all():
-            there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-            here = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
-            out[here] = values[there]
-        return out
-
-
-def index_of(scan: PhaseScan, point_mm: Float[ndarray, "3"]) -> ndarray:
-    """The voxel (z, y, x) nearest to a point."""
-    return np.rint((point_mm - scan.origin_mm) / np.asarray(scan.spacing_mm)).astype(int)[::-1]

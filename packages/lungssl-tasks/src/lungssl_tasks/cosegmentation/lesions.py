@@ -117,6 +117,21 @@ def centres_mm(pair: PhasePair, lesions: Mapping[Phase, list[Lesion]], match: Ma
     return held
 
 
+def told_diameters(
+    pair: PhasePair, lesions: Mapping[Phase, list[Lesion]], match: Match
+) -> dict[Phase, list[Diameters]]:
+    """What is known of a lesion in both phases: its own diameters, or the other's where they lie here."""
+    centres = centres_mm(pair, lesions, match)
+    own = {
+        phase: [lesions[phase][k].diameters for k in chosen]
+        for phase, chosen in (("exhale", match.exhale), ("inhale", match.inhale))
+    }
+    for phase, other in (PHASES, PHASES[::-1]):
+        if not own[phase]:
+            own[phase] = [one.moved(centres[phase] - centres[other]) for one in own[other]]
+    return own
+
+
 def moved_mm(pair: PhasePair, points_mm: Float[ndarray, "n 3"], *, back: bool = False) -> Float[ndarray, "n 3"]:
     """Exhale points in inhale by the displacement where it is known, else by the coarse affine.
 

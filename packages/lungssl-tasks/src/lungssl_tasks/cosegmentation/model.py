@@ -4,8 +4,9 @@ Sources: Agarwal et al. 2020, https://arxiv.org/abs/2001.08590, whose encoder an
 and exchange attention at the bottleneck; the gate by the other image's channels, Chen et al. 2018,
 https://arxiv.org/abs/1810.06859; the gate over places by pooled channels, Woo et al. 2018 (CBAM),
 https://arxiv.org/abs/1807.06521.
-Differs from them: encoder and decoder are ours; 3-D; a gate is 1 + tanh, so that at first both scans pass unchanged;
-the two masks are never made to agree: a lesion that air re-enters at inhale is in one of them alone.
+Differs from them: encoder and decoder are ours; 3-D; the network is told where the lesion is by its diameters, not by
+the crop's middle alone; a gate is 1 + tanh, so that at first both scans pass unchanged; the two masks are never made to
+agree: a lesion that air re-enters at inhale is in one of them alone.
 Axes: b batch, c channels, z y x voxels.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from lungssl_backbones.encoder import Encoder
 from lungssl_data.views import scale_hu
@@ -50,7 +52,7 @@ class CoAttention(nn.Module):
 
 
 class CosegmentationModel(nn.Module):
-    """Maps two crops with a lesion in their middle to two logits a voxel, background and lesion, of each."""
+    """Maps two crops with a lesion to two logits a voxel, background and lesion, of each."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -61,6 +63,9 @@ class CosegmentationModel(nn.Module):
         attention: Attention = "co"
         """Whose features decide about a scan's channels: `co`, the other's; `own`, its own; `none`: there is no gate,
         and the scans never meet. The two last are controls."""
+        told: bool = True
+        """Give each level what the diameters say of where the lesion is (`told_of`). Without it a network must find
+        lesions by how they look, and which of several is meant only by where the crop lies."""
 
         def build(self, encoder: Encoder) -> "CosegmentationModel":
             """The model, with random weights after the encoder."""
@@ -70,6 +75,10 @@ class CosegmentationModel(nn.Module):
         super().__init__()
         self.config = config
         self.segmenter = config.segment.build(encoder, 1)
+        self.told = nn.ModuleList(nn.Conv3d(1, c, 1, bias=False) for c in encoder.pyramid_channels if config.told)
+        for one in self.told:
+            assert isinstance(one, nn.Conv3d)
+            nn.init.zeros_(one.weight)  # at first a pretrained encoder's features are as they were
         self.attend = None if config.attention == "none" else CoAttention(encoder.pyramid_channels[-1])
 
     @property
@@ -78,11 +87,21 @@ class CosegmentationModel(nn.Module):
         return self.segmenter.encoder
 
     def forward(
-        self, exhale_hu: Float[Tensor, "b 1 z y x"], inhale_hu: Float[Tensor, "b 1 z y x"]
+        self,
+        exhale_hu: Float[Tensor, "b 1 z y x"],
+        inhale_hu: Float[Tensor, "b 1 z y x"],
+        exhale_told: Float[Tensor, "b 1 z y x"],
+        inhale_told: Float[Tensor, "b 1 z y x"],
     ) -> tuple[Float[Tensor, "b 2 z y x"], Float[Tensor, "b 2 z y x"]]:
-        """Logits of both; sides are multiples of the encoder's token stride."""
+        """Logits of both; sides are multiples of the encoder's token stride. `..._told` as `told_of` has it."""
         image = scale_hu(torch.cat([exhale_hu, inhale_hu]))
         pyramid = self.encoder(image).pyramid
+        if self.config.told:
+            told, strides = torch.cat([exhale_told, inhale_told]), self.encoder.pyramid_strides_vox
+            pyramid = tuple(
+                maps + add(F.avg_pool3d(told, stride).to(maps.dtype))
+                for maps, add, stride in zip(pyramid, self.told, strides, strict=True)
+            )
         deepest = pyramid[-1]
         if self.attend is not None:
             other = torch.cat(deepest.chunk(2)[::-1]) if self.config.attention == "co" else deepest

@@ -64,7 +64,8 @@ class CosegmentationTask(nn.Module):
         Metrics: `loss`; `dice` with the labels, `truth_dice` with what somebody drew, where that is known for all;
         hard, over the whole batch.
         """
-        scans = torch.cat([pair.exhale_hu for pair in batch]), torch.cat([pair.inhale_hu for pair in batch])
+        names = ("exhale_hu", "inhale_hu", "exhale_told", "inhale_told")
+        scans = [torch.cat([getattr(pair, name) for pair in batch]) for name in names]
         labels = _both(batch, "labels")
         assert labels is not None
         logits = torch.cat(self.model(*scans)).float()
