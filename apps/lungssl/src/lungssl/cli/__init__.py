@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "register": "lungssl.cli.register:register",
     "warp": "lungssl.cli.warp:warp",
     "analyze": "lungssl.cli.analyze:analyze",
+    "cosegment": "lungssl.cli.cosegment:cosegment",
     "watch": "lungssl.cli.watch:watch",
     "evaluate": "lungssl.cli.evaluate:evaluate",
     "compare": "lungssl.cli.compare:compare",

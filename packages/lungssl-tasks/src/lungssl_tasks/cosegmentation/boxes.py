@@ -14,6 +14,8 @@ from numpy import ndarray
 class Crop:
     """What samples of one phase of a lesion are cut from."""
 
+    low: tuple[int, int, int]
+    """First voxel (z, y, x) in the scan."""
     hu: Int16[ndarray, "z y x"]
     labels: UInt8[ndarray, "z y x"]
     """As in `LesionPair`."""

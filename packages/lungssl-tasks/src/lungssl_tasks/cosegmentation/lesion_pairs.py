@@ -183,6 +183,7 @@ class LesionPairs:
             box = Box.around(scan, centres[phase], self.side_vox, self.shift_vox)
             hu = box.cut(scan.ct_hu, int(AIR_HU))
             made[phase] = Crop(
+                low=box.low,
                 hu=hu,
                 labels=self._labels(pair, phase, which, box),
                 truth=self._truth(pair, phase, which, box),
