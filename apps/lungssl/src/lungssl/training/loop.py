@@ -195,16 +195,17 @@ def _fit(
     stream = read_ahead(read, start * config.accumulate, config.steps * config.accumulate, workers=config.workers)
     log = Together(logs(run, start if checkpoint is not None else -1) if ranks.first else [])
     progress = Progress(config.steps, start, say=run.say, note=run.note, terminal=None if ranks.first else False)
-    profiler = StepProfiler(profile if ranks.first else 0, run.path / "profile", device, say=progress.interrupt)
+    profiled = profile if ranks.first else 0
+    profiler = StepProfiler(profiled, run.path / "profile", device, module=module, say=progress.interrupt)
     done, reason = start, None
 
     def held_out() -> None:
         if evaluate is None:
             return
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with part("held-out"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             figures = evaluate(done)
             probed = probe() if probe is not None else {}
-        module.train()
+            module.train()
         log.write(
             done, {f"val/{name}": v for name, v in figures.items()} | {f"probe/{n}": v for n, v in probed.items()}
         )
@@ -215,10 +216,11 @@ def _fit(
         log.sync()
         arguments = (run.checkpoints, done, module, optimizer)
         keep, state = config.keep_checkpoints, watch.state()
-        if is_sharded(module):
-            save_sharded(*arguments, keep=keep, watch=state, ranks=ranks)
-        else:
-            ranks.from_first(lambda: save_checkpoint(*arguments, keep=keep, watch=state))
+        with part("checkpoint"):
+            if is_sharded(module):
+                save_sharded(*arguments, keep=keep, watch=state, ranks=ranks)
+            else:
+                ranks.from_first(lambda: save_checkpoint(*arguments, keep=keep, watch=state))
 
     try:
         with StopRequest(run.stop) as stop:
@@ -228,9 +230,10 @@ def _fit(
                 if config.on_collapse == "rollback":
                     checkpoint_now()
             while done < config.steps and reason is None:
-                before = buffers_of(module)
-                try:
-                    with profiler.step():
+                with profiler.step():
+                    with part("copy buffers"):
+                        before = buffers_of(module)
+                    try:
                         values, timing = train_step(
                             module,
                             optimizer,
@@ -244,22 +247,23 @@ def _fit(
                             replica=replica,
                             ranks=ranks,
                         )
-                except NotFiniteError as error:
-                    failed = whole_state(module, ranks)
-                    error.kept = ranks.from_first(partial(keep_step, run.nan, error, failed, before))
-                    if config.on_collapse == "rollback":
-                        raise RollbackError(f"{error.what} is {error.value} at step {error.step + 1}") from error
-                    raise
-                done += 1
-                reason = ranks.agreed(stop.reason)
-                progress.update(done, values, timing["data_wait_s"])
-                if done % config.log_every == 0 or done == config.steps:
-                    log.write(done, values, timing)
-                watch.step(done, values)
-                if done % config.eval_every == 0 or done == config.steps:
-                    held_out()
-                if done % config.checkpoint_every == 0 or done == config.steps or reason is not None:
-                    checkpoint_now()
+                    except NotFiniteError as error:
+                        failed = whole_state(module, ranks)
+                        error.kept = ranks.from_first(partial(keep_step, run.nan, error, failed, before))
+                        if config.on_collapse == "rollback":
+                            raise RollbackError(f"{error.what} is {error.value} at step {error.step + 1}") from error
+                        raise
+                    done += 1
+                    with part("watch and log"):
+                        reason = ranks.agreed(stop.reason)
+                        progress.update(done, values, timing["data_wait_s"])
+                        if done % config.log_every == 0 or done == config.steps:
+                            log.write(done, values, timing)
+                        watch.step(done, values)
+                    if done % config.eval_every == 0 or done == config.steps:
+                        held_out()
+                    if done % config.checkpoint_every == 0 or done == config.steps or reason is not None:
+                        checkpoint_now()
     finally:
         profiler.finish()
         stream.close()
@@ -331,8 +335,9 @@ def train_step(
         with replica.no_sync() if wait else nullcontext():  # pyright: ignore[reportCallIssue]
             with part("forward"), autocast(device, config.precision):
                 output: StepOutput = replica(inputs, step)
-            figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}
-            figures = ranks.mean(figures)
+            with part("figures"):
+                figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}
+                figures = ranks.mean(figures)
             bad = not math.isfinite(figures["loss"])
             if not bad or ranks.size > 1:  # a replica's forward pass must be followed by its backward pass
                 with part("backward"):
@@ -341,8 +346,9 @@ def train_step(
             raise NotFiniteError("loss", figures["loss"], step=step, index=index)
         for name, value in figures.items():
             values[name] = values.get(name, 0.0) + value / config.accumulate
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(whole(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)))
+    with part("gradient norm"):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = float(whole(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)))
     if not math.isfinite(norm):
         raise NotFiniteError("gradient norm", norm, step=step, index=(step + 1) * config.accumulate - 1)
     with part("optimizer"):
