@@ -13,7 +13,7 @@ from lungssl.errors import TrainingError
 from lungssl.training.checkpoint import checkpoints, load_checkpoint
 from lungssl.training.config import TrainConfig
 from lungssl.training.logs import read_metrics
-from lungssl.training.loop import make_optimizer, micro_seed, train_step
+from lungssl.training.loop import clip_gradients, make_optimizer, micro_seed, train_step
 from safetensors.torch import load_file
 
 
@@ -194,3 +194,18 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_reason(tmp_path: Path
     fake_run.train(tmp_path / "run", steps=5)
     with pytest.raises(ValueError, match="made by another model than this configuration builds"):
         load_checkpoint(tmp_path / "run/checkpoints/step_5", torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("most", [0.0, 1e-3, 1.0, 1e3])
+def test_clipping_is_torchs_bit_for_bit(most: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(7, n)) for n in (3, 5)] for _ in range(2))
+    unused = torch.nn.Parameter(torch.zeros(2))
+    for one, other in zip(ours, theirs, strict=True):
+        one.grad = torch.randn_like(one) * 0.3
+        other.grad = one.grad.clone()
+    norm = clip_gradients([*ours, unused], most)
+    assert norm == float(torch.nn.utils.clip_grad_norm_([*theirs, unused], most or torch.inf))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert torch.equal(one.grad, other.grad)
