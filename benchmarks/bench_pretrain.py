@@ -6,7 +6,7 @@ The peer is optional: pip install lightly==1.6.0 torchvision monai. It is in `pr
 done to make it fast. Both train the same backbone (`vit3d_s`, patches of 8 voxels) on views of the same sizes from the
 same phantoms, under the same autocast, with AdamW and clipped gradients; ours goes through the functions that
 `lungssl pretrain` calls: crops from the cache by `read_ahead`, `prepare`, `train_step`. They take turns in blocks of
-steps; each block starts with steps that use up what was prefetched. The peer is measured with 0, 1 and 2 worker
+steps; each block starts with steps that use up what was prefetched. The peer is measured with 1 and 2 worker
 processes, and its best counts.
 
 Floor: the FLOPs of a step's forward and backward, as torch's counter has them, at the speed of the fastest bf16 product
@@ -38,7 +38,7 @@ from lungssl_ops.measure import commit, machine, timings
 
 STARTED_AT = commit()
 WANTED_RATIO, WANTED_SHARE, SAME_FLOPS = 1.3, 0.40, 0.10
-WORKERS = (0, 1, 2)
+WORKERS = (1, 2)
 """Of the peer's loader; what it holds ready is used up before a block counts."""
 PREFETCHED = 2
 """Batches that torch's DataLoader holds ready per worker."""
@@ -164,7 +164,7 @@ def measure(
 
         arrays = cohort_arrays(parts.crops.cache, parts.crops.patients)
         peers = {n: make_peer(method, parts.recipe, arrays, workers=n) for n in WORKERS}
-        peer_flops = peers[0].flops()
+        peer_flops = peers[WORKERS[0]].flops()
         sides |= {f"lightly, {workers} workers": peer for workers, peer in peers.items()}
     seconds = take_turns(sides, rounds=rounds, steps=steps)
     found = {side: _row(taken, batch) for side, taken in seconds.items()}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from lungssl_backbones.attention import attend
 from lungssl_backbones.encoder import Features, token_grid
 from lungssl_backbones.masking import drop_samples, take_tokens
 
@@ -224,7 +225,7 @@ class _Attention(nn.Module):
             project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
         return self.proj(self.norm(attended.transpose(1, 2).flatten(2)))
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from lungssl_backbones.attention import attend
 from lungssl_backbones.encoder import Features, token_grid
 from lungssl_backbones.masking import drop_samples, take_tokens, token_centres_mm
 
@@ -207,7 +208,7 @@ class _Block(nn.Module):
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cos is not None and sin is not None:
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
     def _drop(self, branch: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:

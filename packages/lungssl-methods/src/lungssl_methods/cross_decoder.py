@@ -1,8 +1,8 @@
 """A decoder that reads one scan's tokens while it looks at another's."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
+from lungssl_backbones.attention import attend
 from torch import Tensor, nn
 
 ALIGNED_GAIN = 2.0
@@ -64,14 +64,14 @@ class _Block(nn.Module):
         """The tokens, and the cross-attention [b, h, n, m] if wanted, else nothing of size."""
         normed = self.norms[0](tokens)
         q, k, v = (self._split(part) for part in self.own(normed).chunk(3, dim=-1))
-        tokens = tokens + self.own_out(_joined(F.scaled_dot_product_attention(q, k, v)))
+        tokens = tokens + self.own_out(_joined(attend(q, k, v)))
         q = self._split(self.ask(self.norms[1](tokens)))
         k, v = (self._split(part) for part in self.offer(self.norms[2](memory)).chunk(2, dim=-1))
         weights = tokens.new_empty(0)
         if wants_weights:
             scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
             weights = scores.softmax(dim=-1)
-        tokens = tokens + self.cross_out(_joined(F.scaled_dot_product_attention(q, k, v)))
+        tokens = tokens + self.cross_out(_joined(attend(q, k, v)))
         return tokens + self.mlp(self.norms[3](tokens)), weights
 
     def _split(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b h n d"]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from lungssl_methods.choices import check_choice
+from lungssl_methods.decoder_layer import DecoderLayer
 
 LatentNorm = Literal["smooth_l1", "l1"]
 
@@ -28,10 +29,7 @@ class LatentPredictor(nn.Module):
         self.width = width
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DecoderLayer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, dim)
         # A random start costs more than predicting 0, and the fall to it would look like learning.

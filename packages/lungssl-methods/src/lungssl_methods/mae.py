@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.choices import check_choices
+from lungssl_methods.decoder_layer import DecoderLayer
 from lungssl_methods.hidden_views import (
     VisibleTokens,
     check_global_views_only,
@@ -80,12 +81,7 @@ class Mae(nn.Module):
         self.unit_tokens = max(1, MASK_WIDTH_VOX // self.patch_vox) if unit is None else unit
         width = config.decoder_width
         self.visible = VisibleTokens(checked, width)
-        self.decoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, config.decoder_heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(config.decoder_depth)
-        )
+        self.decoder = nn.ModuleList(DecoderLayer(width, config.decoder_heads) for _ in range(config.decoder_depth))
         self.predict = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.patch_vox**3))
         # Start at predicting 0, the mean of a normalised patch: a random start costs 1.36 times that, and the fall to
         # 1 would look like learning.
