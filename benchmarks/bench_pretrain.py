@@ -40,8 +40,6 @@ STARTED_AT = commit()
 WANTED_RATIO, WANTED_SHARE, SAME_FLOPS = 1.3, 0.40, 0.10
 WORKERS = (1, 2)
 """Of the peer's loader; what it holds ready is used up before a block counts."""
-PREFETCHED = 2
-"""Batches that torch's DataLoader holds ready per worker."""
 SIZES = ["data.crop_vox=[64,64,64]", "views.global_vox=48", "views.local_vox=24", "data.jitter_mm=6"]
 BATCH = ["train.batch=4", "train.accumulate=1", "train.workers=0", "train.eval_batches=1"]
 RECIPES = {
@@ -106,25 +104,29 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(RECIPES))
     parser.add_argument("--rounds", type=int, default=6, help="blocks of each side")
     parser.add_argument("--steps", type=int, default=5, help="steps of a block that count")
+    parser.add_argument("--workers", default=WORKERS, type=lambda words: tuple(map(int, words.split(","))))
     parser.add_argument("--quick", action="store_true", help="vit3d_nano, small views, two short rounds")
     options = parser.parse_args()
     methods = options.methods.split(",")
     if unknown := set(methods) - set(RECIPES):
         parser.error(f"unknown methods {sorted(unknown)}; known: {', '.join(RECIPES)}")
     rounds, steps = (2, 2) if options.quick else (options.rounds, options.steps)
-    result = run(methods, rounds=rounds, steps=steps, quick=options.quick)
+    result = run(methods, rounds=rounds, steps=steps, workers=options.workers, quick=options.quick)
     out = Path(__file__).parent / "results" / ("pretrain_quick.json" if options.quick else "pretrain.json")
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
 
 
-def run(methods: list[str], *, rounds: int, steps: int, quick: bool) -> dict[str, Any]:
+def run(methods: list[str], *, rounds: int, steps: int, workers: tuple[int, ...], quick: bool) -> dict[str, Any]:
     """The table as {"benchmark", "ratios", "shares", "checks", "peaks", "machine", "commit", "rows"}."""
     keep_freed_memory()  # as `fit` does; the peer has it, too
     size = CohortConfig(patients=2, spacing_mm=6.0) if quick else CohortConfig(patients=8, spacing_mm=3.0)
     data = builtin_cohort(size)
     peaks = matmul_peaks()
-    rows = {method: measure(method, data, peaks, rounds=rounds, steps=steps, quick=quick) for method in methods}
+    rows = {
+        method: measure(method, data, peaks, rounds=rounds, steps=steps, workers=workers, quick=quick)
+        for method in methods
+    }
     ratios = {f"{name}_vs_lightly": row["ratio"] for name, row in rows.items() if row["ratio"] is not None}
     shares = {f"{name}_of_floor": row["ours"]["share_of_floor"] for name, row in rows.items()}
     checks = {f"{name}_at_least_{WANTED_RATIO}": ratio >= WANTED_RATIO for name, ratio in ratios.items()}
@@ -148,7 +150,14 @@ def run(methods: list[str], *, rounds: int, steps: int, quick: bool) -> dict[str
 
 
 def measure(
-    method: str, data: Path, peaks: dict[str, float], *, rounds: int, steps: int, quick: bool
+    method: str,
+    data: Path,
+    peaks: dict[str, float],
+    *,
+    rounds: int,
+    steps: int,
+    workers: tuple[int, ...],
+    quick: bool,
 ) -> dict[str, Any]:
     """One method's figures: of ours and of the peer with each number of workers."""
     name, overrides = RECIPES[method]
@@ -163,9 +172,9 @@ def measure(
         from pretrain_peers import cohort_arrays, make_peer
 
         arrays = cohort_arrays(parts.crops.cache, parts.crops.patients)
-        peers = {n: make_peer(method, parts.recipe, arrays, workers=n) for n in WORKERS}
-        peer_flops = peers[WORKERS[0]].flops()
-        sides |= {f"lightly, {workers} workers": peer for workers, peer in peers.items()}
+        peers = {n: make_peer(method, parts.recipe, arrays, workers=n) for n in workers}
+        peer_flops = peers[workers[0]].flops()
+        sides |= {f"lightly, {n} workers": peer for n, peer in peers.items()}
     seconds = take_turns(sides, rounds=rounds, steps=steps)
     found = {side: _row(taken, batch) for side, taken in seconds.items()}
     peak = peaks["bf16" if _bf16(parts) else "float32"]

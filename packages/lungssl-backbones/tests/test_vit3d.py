@@ -51,6 +51,15 @@ def test_a_quarter_turn_takes_the_first_channel_of_a_pair_to_the_second() -> Non
     assert turned.flatten().tolist() == [0.0, 1.0, 5.0]
 
 
+def test_the_rotations_gradient_is_turned_back() -> None:
+    angle = torch.rand(2, 1, 5, 3, dtype=torch.float64)
+    q = torch.randn(2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q: _rotate(q, angle.cos(), angle.sin()), [q])
+    with torch.no_grad():
+        turned = _rotate(q, angle.cos(), angle.sin())
+        torch.testing.assert_close(_rotate(turned, angle.cos(), -angle.sin()), q)
+
+
 def test_attention_without_rotation_is_torch_multihead_attention() -> None:
     torch.manual_seed(0)
     block = _Block(Vit3d.Config(dim=48, heads=2), 0.0)
@@ -115,13 +124,14 @@ def test_dropped_voxels_are_not_seen() -> None:
 
 def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
     block = _Block(Vit3d.Config(dim=48, heads=2), 0.25).train()
+    parts = torch.zeros(10_000, 1, 2), torch.ones(10_000, 1, 2), torch.ones(2)
     torch.manual_seed(0)
-    kept = block._drop(torch.ones(10_000, 1, 2))
+    kept = block._add(*parts)
     assert kept.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     assert torch.equal(kept[..., 0], kept[..., 1])
     assert kept.mean().item() == pytest.approx(1, abs=0.03)
     torch.manual_seed(0)
-    assert torch.equal(block._drop(torch.ones(10_000, 1, 2)), kept)
+    assert torch.equal(block._add(*parts), kept)
 
 
 @pytest.mark.parametrize("position", ["rope", "sincos"])
