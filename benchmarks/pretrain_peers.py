@@ -223,8 +223,9 @@ class PeerMae(Peer):
         config: Any = self.recipe.method.config  # pyright: ignore[reportOptionalMemberAccess]
         assert isinstance(config, Mae.Config)
         self.ratio, width = config.mask_ratio, config.decoder_width
-        self.patch = self.backbone.token_stride_vox
-        self.embed = nn.Linear(self.backbone.dim, width)
+        encoder: Any = self.backbone
+        self.patch: int = encoder.token_stride_vox
+        self.embed = nn.Linear(encoder.dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder = nn.Sequential(
             *(
@@ -236,7 +237,8 @@ class PeerMae(Peer):
             nn.LayerNorm(width),
         )
         self.predict = nn.Linear(width, self.patch**3)
-        self.positions = sincos_positions((self.recipe.views.global_vox // self.patch,) * 3, width)
+        side = self.recipe.views.global_vox // self.patch
+        self.positions = sincos_positions((side, side, side), width)
         self.criterion = nn.MSELoss()
 
     def trained(self) -> list[nn.Module]:
@@ -250,7 +252,7 @@ class PeerMae(Peer):
         tokens = utils.repeat_token(self.mask_token, size).to(encoded.dtype)
         tokens = utils.set_at_index(tokens, keep, encoded) + self.positions
         predicted = self.predict(utils.get_at_index(self.decoder(tokens), hidden))
-        target = utils.get_at_index(patchify(image, (self.patch,) * 3), hidden)
+        target = utils.get_at_index(patchify(image, (self.patch, self.patch, self.patch)), hidden)
         return self.criterion(predicted, utils.normalize_mean_var(target))
 
 

@@ -216,7 +216,7 @@ class _Block(nn.Module):
         self, tokens: Float[Tensor, "b t d"], branch: Float[Tensor, "b t d"], scale: Float[Tensor, " d"]
     ) -> Float[Tensor, "b t d"]:
         """tokens + scale * branch, the branch of some samples dropped; by their scales, which are smaller than it."""
-        scales = drop_samples(scale.expand(len(tokens), 1, -1), self.drop_path, self.training)
+        scales = drop_samples(scale.expand(tokens.shape[0], 1, -1), self.drop_path, self.training)
         return torch.addcmul(tokens, branch, scales)
 
 
@@ -271,7 +271,7 @@ def _turned(
 ) -> Float[Tensor, "b h t c"]:
     """x cos + sign * swapped(x) sin, over all channels at once: passes over 30 of 64 channels are not vectorised."""
     swapped = torch.cat([x[..., pairs : 2 * pairs], x[..., :pairs], x[..., 2 * pairs :]], dim=-1)
-    return torch.mul(x, cos, out=torch.empty_like(swapped)).addcmul_(swapped, sin, value=sign)
+    return swapped.mul_(sign * sin).addcmul_(x, cos)
 
 
 def _patches(x: Float[Tensor, "b c z y x"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:
