@@ -102,8 +102,9 @@ def test_coarser_levels_are_taught_and_the_model_stays_the_same(tiny_encoder: Ca
     alone, both = plain(_batch(image, labels), 0), deep(_batch(image, labels), 0)
     torch.testing.assert_close(both.loss, (alone.loss + extra / 2) / 1.5)
     assert both.metrics["dice"] == alone.metrics["dice"]
-    with pytest.raises(ValueError, match="deep_levels must be 0 to 1 on this encoder, got 2"):
-        SegmentationTask.Config(decoder=SMALL, deep_levels=2).build(tiny_encoder((4,)), 2)
+    assert list(SegmentationTask.Config(decoder=SMALL, deep_levels=9).build(tiny_encoder((8,)), 2).deep) == ["2", "4"]
+    with pytest.raises(ValueError, match="deep_levels must be 0 or more, got -1"):
+        SegmentationTask.Config(decoder=SMALL, deep_levels=-1).build(tiny_encoder((4,)), 2)
 
 
 def test_loss_of_uniform_logits_is_as_computed_by_hand() -> None:
