@@ -6,6 +6,8 @@ views of one size share a forward (the examples loop over views); the whole coho
 off; DINO's loss has lightly's `DINOLoss`, head and `update_momentum` (torch's foreach), MAE decodes and predicts as in
 lightly's example, the loss on hidden tokens alone. Workers persist and hold two batches ready each.
 
+The backbone is ours on both sides, so that what we made faster in it is no advantage; AdamW is fused on both.
+
 What ours does and the peer doesn't: elastic deformation (MONAI's smooths a whole field), masks of what was measured and
 of the lung at each view's place and their weights in the loss, positions of voxels, standardised embeddings in the
 head, matched places of the two phases. All that is to the peer's advantage.
@@ -138,6 +140,7 @@ class Peer:
             lr=train.rate(),
             betas=train.betas,
             weight_decay=train.weight_decay,
+            fused=True,
         )
 
     def build(self) -> None:

@@ -117,7 +117,7 @@ def test_a_file_of_diameters_is_looked_at_fingerprinted_and_judged_by_masks(
         lesion_of(1), long_mm=lesion_of(1).long_mm * (-1, -1, 1), short_mm=lesion_of(1).short_mm * (-1, -1, 1)
     )
     for lesions, message in (
-        ({("p1", "exhale"): [mirrored]}, "d.csv, line 2, patient p1: end"),
+        ({("p1", "exhale"): [mirrored]}, "d.csv, line 2: end"),
         ({("p1", "exhale"): [mirrored]}, "(as RAS it would lie inside); give x, y, z in LPS mm"),
         ({("Jane Doe", "exhale"): [lesion_of(1)]}, "d.csv, line 2: its patient isn't among the 6 in"),
     ):

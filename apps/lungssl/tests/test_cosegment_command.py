@@ -61,11 +61,17 @@ def test_grabcut_draws_a_scan_by_its_own_diameters(
     assert not read_labels(tmp_path / "out" / "inhale_lesions.nii.gz").labels.any()
     rows = list(csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines()))
     assert [(row["phase"], row["drawn_by"]) for row in rows] == [("exhale", "GrabCut"), ("inhale", "nobody")]
+    assert rows[1]["volume_ml"] == rows[1]["mean_hu"] == ""
     assert float(rows[0]["volume_ml"]) == pytest.approx((found.labels == 1).sum() * 0.064, abs=1e-3)
     assert float(rows[0]["mean_hu"]) == pytest.approx(phantom.exhale.ct.hu[found.labels == 1].mean(), abs=0.1)
     assert "JANE" not in printed.out + printed.err + (tmp_path / "out" / "lesions.csv").read_text()
     assert cosegment(patient, tmp_path / "d.csv", tmp_path / "out") == 2
     assert "is in use" in capsys.readouterr().err
+    mine = tmp_path / "out" / "lesions.csv"
+    mine.write_bytes((tmp_path / "d.csv").read_bytes())
+    assert cosegment(patient, mine, tmp_path / "out", "--overwrite") == 2
+    assert "is an input and would be written over" in capsys.readouterr().err
+    assert mine.read_bytes() == (tmp_path / "d.csv").read_bytes()
 
 
 class Paints(torch.nn.Module):
@@ -116,4 +122,16 @@ def test_files_that_do_not_fit_are_refused(
     write_diameters(tmp_path / "far.csv", {("p", "exhale"): [far]})
     assert cosegment(patient, tmp_path / "far.csv", tmp_path / "out") == 3
     assert "lies outside of the exhale scan" in capsys.readouterr().err
+    ras = Diameters(long_mm=one.long_mm * [-1, -1, 1], short_mm=one.short_mm * [-1, -1, 1])
+    write_diameters(tmp_path / "ras.csv", {("JANE", "exhale"): [ras]})
+    assert cosegment(patient, tmp_path / "ras.csv", tmp_path / "out") == 3
+    said = capsys.readouterr().err
+    assert "ras.csv, line 2: " in said and "RAS" in said and "JANE" not in said
+    write_diameters(tmp_path / "again.csv", {("JANE", "exhale"): [one, one]})
+    assert cosegment(patient, tmp_path / "again.csv", tmp_path / "out") == 3
+    assert "line 3: the same lesion as in" in capsys.readouterr().err
+    write_diameters(tmp_path / "d.csv", {("JANE", "exhale"): [one]})
+    twice = ["--inhale", str(patient / "exhale.nii.gz")]
+    assert cosegment(patient, tmp_path / "d.csv", tmp_path / "out", *twice) == 3
+    assert "are the same scan" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

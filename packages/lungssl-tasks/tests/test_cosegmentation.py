@@ -91,11 +91,11 @@ def test_a_file_of_diameters_comes_back_and_mistakes_are_named(tmp_path: Path) -
 
     flat = [[0.0, 0.0, 5.0], [20.0, 0.0, 5.0]]
     for content, message in (
-        (text.replace("p2,inhale", "p2,ei"), "line 4, patient p2: phase 'ei', expected exhale or inhale"),
-        (text.replace("45.0000\n", "46.0000\n"), "line 2, patient p1: both diameters lie on one axial slice"),
-        (text.replace("p1,exhale,", "p1,exhale,x"), "line 2, patient p1: could not convert"),
+        (text.replace("p2,inhale", "p2,ei"), "line 4: phase 'ei', expected exhale or inhale"),
+        (text.replace("45.0000\n", "46.0000\n"), "line 2: both diameters lie on one axial slice"),
+        (text.replace("p1,exhale,", "p1,exhale,x"), "line 2: could not convert"),
         (text.replace("p1,exhale", ",exhale"), "line 2: patient is empty"),
-        (text.replace(row, row[: row.rindex(",")]), "line 2, patient p1: could not convert.*give numbers"),
+        (text.replace(row, row[: row.rindex(",")]), "line 2: short_b_z_mm is empty; give numbers"),
         (text.replace("long_a_x_mm", "long_a_x"), "line 1: column long_a_x_mm is missing"),
         (header + "\n", "no line after the names of the columns"),
         (line(flat, [[10, -11, 5], [10, 11, 5]]), "the short diameter has 22.0 mm, the long one 20.0; swap them"),
@@ -124,7 +124,7 @@ def test_diameters_that_are_not_of_a_scan_are_noticed() -> None:
 
     check((70, -130, 0))
     check((70, -100, 0))  # beside the lung
-    with pytest.raises(ValueError, match=r"d, line 2, patient p: end .* outside of the exhale scan.*as RAS it would"):
+    with pytest.raises(ValueError, match=r"d, line 2: end .* outside of the exhale scan.*as RAS it would"):
         check((-70, 130, 0))
     with pytest.raises(ValueError, match="as z, y, x it would lie inside"):
         check((0, -125, 70))

@@ -18,18 +18,20 @@ from lungssl_data.volume import LabelMap, Volume
 from lungssl_tasks.cosegmentation.diameters_file import check_places, read_diameters
 from lungssl_tasks.cosegmentation.grabcut import GrabCutConfig
 from lungssl_tasks.cosegmentation.lesion_pairs import LesionPairs
-from lungssl_tasks.cosegmentation.lesions import PHASES, Match
+from lungssl_tasks.cosegmentation.lesions import PHASES, Match, Measured
 from lungssl_tasks.cosegmentation.model import CosegmentationModel
 from lungssl_tasks.model_folder import load_cosegmentation
 from numpy import ndarray
 from scipy import ndimage
 
 from lungssl.errors import ConfigError, DataError
-from lungssl.segmenting import model_folder, segment_lungs
+from lungssl.segmenting import FAR_MM, model_folder, segment_lungs
 from lungssl.training.precision import pick_device
 
 GRABCUT_SPACING_MM = 4.0
 """Voxels on which GrabCut's weights were chosen (`docs/decisions/0011-joint.md`)."""
+FILES = ("exhale_lesions.nii.gz", "inhale_lesions.nii.gz", "lesions.csv")
+"""What is written."""
 MOST_LESIONS = 255
 """Labels of a mask."""
 
@@ -45,10 +47,10 @@ class DrawnLesion:
     """Whose told where it is."""
     drawn_by: Literal["GrabCut", "network", "nobody"]
     """`nobody`: without a network a phase is drawn by its own diameters alone."""
-    volume_ml: float
-    """0 where nothing was found."""
-    mean_hu: float
-    """NaN where nothing was found."""
+    volume_ml: float | None
+    """0 where nothing was found, None where nobody looked."""
+    mean_hu: float | None
+    """None where nothing was found."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +75,9 @@ def draw_lesions(
     lungs' boxes takes the other phase's. Raises ConfigError for a model of another kind, DataError for a file that
     can't be read or isn't of these scans, and for lungs that aren't found.
     """
+    given, patient = _given(diameters)
+    if np.array_equal(volumes["exhale"].hu, volumes["inhale"].hu):
+        raise DataError("--exhale and --inhale are the same scan; give both phases")
     network, side_vox = (None, 8) if model is None else load_cosegmentation(model_folder(model))
     where = pick_device(device)
     spacing_mm = GRABCUT_SPACING_MM if network is None else network.encoder.spacing_mm
@@ -80,12 +85,19 @@ def draw_lesions(
     for phase in PHASES:
         try:
             lung = lungs[phase] or segment_lungs(volumes[phase]).mask
-            scans[phase] = prepare_scan(volumes[phase], config=PrepareConfig(spacing_mm=spacing_mm), lung=lung)
+            # Lungs that are found by their air lack what is dense, which may lie far behind them.
+            config = PrepareConfig(spacing_mm=spacing_mm, margin_mm=FAR_MM)
+            scans[phase] = prepare_scan(volumes[phase], config=config, lung=lung)
         except LungMaskError as error:
             raise DataError(f"--{phase}: {error}; give --{phase}-mask") from error
-    pair = _pair(diameters, scans)
+    pair = PhasePair(
+        patient=patient,
+        exhale=scans["exhale"],
+        inhale=scans["inhale"],
+        exhale_to_inhale=coarse_affine(scans["exhale"], scans["inhale"]),
+        affine_provenance="lung boxes",
+    )
     try:
-        given = read_diameters(diameters)
         for phase in PHASES:
             check_places(given, pair.patient, phase, scans[phase])
         lesions = LesionPairs(
@@ -132,8 +144,11 @@ def write_lesions(found: DrawnLesions, folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(DrawnLesion.__dataclass_fields__)
         for one in found.lesions:
-            hu = "" if np.isnan(one.mean_hu) else f"{one.mean_hu:.1f}"
-            writer.writerow([one.lesion, one.phase, one.diameters, one.drawn_by, f"{one.volume_ml:.3f}", hu])
+            figures = (
+                "" if one.volume_ml is None else f"{one.volume_ml:.3f}",
+                "" if one.mean_hu is None else f"{one.mean_hu:.1f}",
+            )
+            writer.writerow([one.lesion, one.phase, one.diameters, one.drawn_by, *figures])
 
 
 def describe(found: DrawnLesions) -> str:
@@ -142,9 +157,9 @@ def describe(found: DrawnLesions) -> str:
     for number in dict.fromkeys(one.lesion for one in found.lesions):
         cells = [
             f"{one.phase} not drawn: no diameters there, and no --model"
-            if one.drawn_by == "nobody"
+            if one.volume_ml is None
             else f"{one.phase} {one.volume_ml:.1f} ml"
-            + ("" if np.isnan(one.mean_hu) else f", mean {one.mean_hu:.0f} HU")
+            + (" (NOTHING FOUND)" if one.mean_hu is None else f", mean {one.mean_hu:.0f} HU")
             + (" (told by the other phase)" if one.diameters == "other phase" else "")
             for one in found.lesions
             if one.lesion == number
@@ -153,22 +168,16 @@ def describe(found: DrawnLesions) -> str:
     return "\n".join(lines)
 
 
-def _pair(diameters: Path, scans: Mapping[Phase, PhaseScan]) -> PhasePair:
+def _given(diameters: Path) -> tuple[Measured, str]:
+    """What a file of one patient holds, and the patient."""
     try:
-        patients = list(dict.fromkeys(patient for patient, _ in read_diameters(diameters)))
+        given = read_diameters(diameters)
     except (OSError, ValueError) as error:
         raise DataError(f"--diameters: {error}") from error
+    patients = list(dict.fromkeys(patient for patient, _ in given))
     if len(patients) > 1:
         raise ConfigError(f"--diameters {diameters}: {len(patients)} patients; keep the lines of this pair's")
-    return PhasePair(
-        patient=patients[0],
-        exhale=scans["exhale"],
-        inhale=scans["inhale"],
-        exhale_to_inhale=coarse_affine(scans["exhale"], scans["inhale"]),
-        affine_provenance="lung boxes",
-        split="test",
-        key="",
-    )
+    return given, patients[0]
 
 
 Parts = list[tuple[Bool[ndarray, "z y x"], tuple[int, int, int]]]
@@ -224,6 +233,6 @@ def _measured(
         phase=phase,
         diameters=diameters,
         drawn_by=by,
-        volume_ml=float(inside.sum() * masks[phase].geometry.voxel_ml()),
-        mean_hu=float(volumes[phase].hu[inside].mean()) if inside.any() else float("nan"),
+        volume_ml=None if by == "nobody" else float(inside.sum() * masks[phase].geometry.voxel_ml()),
+        mean_hu=float(volumes[phase].hu[inside].mean()) if inside.any() else None,
     )

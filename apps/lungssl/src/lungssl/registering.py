@@ -132,6 +132,7 @@ def register_files(
     model: Path | None = None,
     diffeomorphic: bool = False,
     landmarks: tuple[Path, Path] | None = None,
+    lobes: bool = False,
     device: str = "auto",
     say: Callable[[str], None],
 ) -> Registered:
@@ -161,6 +162,7 @@ def register_files(
         model=model,
         diffeomorphic=diffeomorphic,
         points=points,
+        lobes=lobes,
         device=device,
         say=say,
     )
@@ -176,13 +178,15 @@ def register_volumes(
     model: Path | None = None,
     diffeomorphic: bool = False,
     points: tuple[Float[ndarray, "n 3"], Float[ndarray, "n 3"]] | None = None,
+    lobes: bool = False,
     sided: bool = False,
     device: str = "auto",
     say: Callable[[str], None],
 ) -> Registered:
     """As `register_files`, of what has been read: `fixed` and `moving`, and their points in LPS mm.
 
-    `sided`: the masks' codes are sides, 1 right and 2 left, though one be missing.
+    `lobes`: find them, too, where `model` is a joint one. `sided`: the masks' codes are sides, 1 right and 2 left,
+    though one be missing.
     """
     config = preset_config(preset)
     if diffeomorphic:
@@ -247,7 +251,9 @@ def register_volumes(
         seconds=time.perf_counter() - started,
         landmarks=None if points is None else landmark_errors(points[0] + found.at(points[0]), points[1], points[0]),
         points_mm=points,
-        lobes=_lobes(network, seen, found, volumes["fixed"].geometry) if isinstance(network, JointModel) else None,
+        lobes=_lobes(network, seen, found, volumes["fixed"].geometry)
+        if lobes and isinstance(network, JointModel)
+        else None,
     )
 
 

@@ -34,18 +34,22 @@ def cosegment(
     from lungssl_data.pair import Phase
     from lungssl_data.readers import read_labels, read_volume
 
+    from lungssl import drawing_lesions
     from lungssl.cli import BANNER
-    from lungssl.drawing_lesions import describe, draw_lesions, write_lesions
 
+    written = {(output / name).resolve() for name in drawing_lesions.FILES}
+    for path in (exhale, inhale, diameters, exhale_mask, inhale_mask):
+        if path is not None and path.resolve() in written:
+            raise ConfigError(f"{path} is an input and would be written over; name another output")
     scans: dict[Phase, Path] = {"exhale": exhale, "inhale": inhale}
     masks: dict[Phase, Path | None] = {"exhale": exhale_mask, "inhale": inhale_mask}
-    found = draw_lesions(
+    found = drawing_lesions.draw_lesions(
         {phase: read_volume(path) for phase, path in scans.items()},
         {phase: None if path is None else read_labels(path) for phase, path in masks.items()},
         diameters,
         model=model,
         device=device,
     )
-    write_lesions(found, output)
-    print(describe(found))
+    drawing_lesions.write_lesions(found, output)
+    print(drawing_lesions.describe(found))
     print(BANNER)

@@ -114,6 +114,7 @@ def register(
         model=model,
         diffeomorphic=diffeomorphic,
         landmarks=None if fixed_landmarks is None or moving_landmarks is None else (fixed_landmarks, moving_landmarks),
+        lobes=lobes is not None,
         device=device,
         say=print,
     )

@@ -72,10 +72,22 @@ def save_sharded(
         if ranks.first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise _not_written(folder / f"step_{step}", error) from error
-    names = ranks.from_first(lambda: sorted(path.name for path in temporary.iterdir()))
+    seen = ranks.all(sorted(path.name for path in temporary.iterdir()) if temporary.is_dir() else [])
+    names = seen[0]
+    if any(other != names for other in seen):
+        raise TrainingError(
+            f"{temporary.parent}: not all ranks see the same files there; sharded runs need a folder that all machines "
+            f"share, put --out on one and go on with --resume"
+        )
+    try:
+        own, problem = {name: _sha256(temporary / name) for name in names[ranks.rank :: ranks.size]}, None
+    except OSError as error:
+        own, problem = {}, f"rank {ranks.rank}: {error}"
     hashes: dict[str, str] = {}
-    for own in ranks.all({name: _sha256(temporary / name) for name in names[ranks.rank :: ranks.size]}):
-        hashes |= own
+    for theirs, trouble in ranks.all((own, problem)):
+        if trouble is not None:
+            raise TrainingError(f"{temporary}: what was just written can't be read ({trouble}); go on with --resume")
+        hashes |= theirs
 
     def publish() -> None:
         with _published(temporary, folder, step, keep=keep):

@@ -26,12 +26,20 @@ MOST_TILT_DEG = 15.0
 MOST_GAP = 0.5
 """Of the long diameter, that the short one may lie beside it: a crescent's lies beside the line between its tips.
 Ours."""
+AERATED_HU = -600.0
+"""The inside of a lesion that is denser than this is not doubted."""
+DENSER_HU = 200.0
+"""By how much the place that RAS would name must be denser than a place full of air to be taken for what was meant: a
+chest is nearly the same mirrored, so that wrong signs often lead into lung. Both ours."""
 BESIDE = 1.3
 """Lung comes into the lesion's box, scaled by this, or it isn't one of the lung (as `GrabCutConfig.outside`)."""
 
 
 def read_diameters(path: Path) -> dict[tuple[str, Phase], list[Diameters]]:
-    """By patient and phase. Raises ValueError that names file, line and patient for what isn't as above."""
+    """By patient and phase. Raises ValueError that names file and line for what isn't as above.
+
+    Patients are not named: a file that somebody fills in by hand may hold more than an id.
+    """
     found: dict[tuple[str, Phase], list[Diameters]] = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as handle:
@@ -42,7 +50,10 @@ def read_diameters(path: Path) -> dict[tuple[str, Phase], list[Diameters]]:
                 )
             for row in reader:
                 patient, phase, one = _lesion_of(row, f"{path}, line {reader.line_num}")
-                found.setdefault((patient, phase), []).append(one)
+                for other in found.setdefault((patient, phase), []):
+                    if np.array_equal(one.long_mm, other.long_mm) and np.array_equal(one.short_mm, other.short_mm):
+                        raise ValueError(f"{one.source}: the same lesion as in {other.source}; leave one of them out")
+                found[patient, phase].append(one)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}; save it as CSV in UTF-8, with commas") from error
     if not found:
@@ -69,7 +80,7 @@ def check_places(lesions: Measured, patient: str, phase: Phase, scan: PhaseScan)
     lung_mm = np.argwhere(scan.lung > 0)[:, ::-1] * np.array(scan.spacing_mm) + scan.origin_mm
     for one in lesions.get((patient, phase), []):
         ends = np.concatenate([one.long_mm, one.short_mm])
-        where = f"{one.source}, patient {patient}"
+        where = one.source
         if not _inside(ends, scan).all():
             outside = ends[~_inside(ends, scan)][0]
             low, high = _borders_mm(scan)
@@ -83,41 +94,48 @@ def check_places(lesions: Measured, patient: str, phase: Phase, scan: PhaseScan)
                 f"{where}: there is no lung about {_text(one.centre_mm())} of {phase}{_guess(ends, scan)}; "
                 "look whether they are in LPS mm of this scan, or leave the line out"
             )
+        here, mirrored = (_mean_hu(one, scan, turned) for turned in ((1, 1, 1), (-1, -1, 1)))
+        if here is not None and mirrored is not None and here < AERATED_HU and mirrored > here + DENSER_HU:
+            raise ValueError(
+                f"{where}: what lies there in {phase} has {here:.0f} HU, as lung with air, and taken as RAS the ends "
+                f"lie about {mirrored:.0f} HU; give LPS mm (x and y of RAS with the other sign)"
+            )
 
 
 def _lesion_of(row: dict[str, str | None], where: str) -> tuple[str, Phase, Diameters]:
     if not (patient := row["patient"]):
         raise ValueError(f"{where}: patient is empty; give the patient's id in the cache")
-    where_who = f"{where}, patient {patient}"
     phase = next((name for name in PHASES if name == row["phase"]), None)
     if phase is None:
-        raise ValueError(f"{where_who}: phase {row['phase']!r}, expected exhale or inhale")
+        raise ValueError(f"{where}: phase {row['phase']!r}, expected exhale or inhale")
     try:
-        ends = np.array([float(row[name] or "nothing") for name in COLUMNS]).reshape(2, 2, 3)
+        if empty := [name for name in COLUMNS if not row[name]]:
+            raise ValueError(f"{empty[0]} is empty")
+        ends = np.array([float(row[name] or "") for name in COLUMNS]).reshape(2, 2, 3)
     except ValueError as error:
-        raise ValueError(f"{where_who}: {error}; give numbers, LPS mm with a decimal point") from error
+        raise ValueError(f"{where}: {error}; give numbers, LPS mm with a decimal point") from error
     lengths = np.linalg.norm(ends[:, 1] - ends[:, 0], axis=1)
     if not np.isfinite(ends).all() or (lengths <= 0).any():
-        raise ValueError(f"{where_who}: a diameter is 0 or not finite; give both ends of both")
+        raise ValueError(f"{where}: a diameter is 0 or not finite; give both ends of both")
     if np.ptp(ends[..., 2]) > 1e-3:
         raise ValueError(
-            f"{where_who}: both diameters lie on one axial slice, these from z {ends[..., 2].min():g} to "
+            f"{where}: both diameters lie on one axial slice, these from z {ends[..., 2].min():g} to "
             f"{ends[..., 2].max():g} mm; look whether x, y, z are in this order"
         )
     if lengths[1] > lengths[0] + 1e-3:
         raise ValueError(
-            f"{where_who}: the short diameter has {lengths[1]:.1f} mm, the long one {lengths[0]:.1f}; swap them"
+            f"{where}: the short diameter has {lengths[1]:.1f} mm, the long one {lengths[0]:.1f}; swap them"
         )
     along, across = (end[1, :2] - end[0, :2] for end in ends)
     tilt = float(np.rad2deg(np.arcsin(min(abs(along @ across) / (lengths[0] * lengths[1]), 1.0))))
     if tilt > MOST_TILT_DEG:
         raise ValueError(
-            f"{where_who}: the diameters are {tilt:.0f} degrees off a right angle, at most {MOST_TILT_DEG:g} are "
+            f"{where}: the diameters are {tilt:.0f} degrees off a right angle, at most {MOST_TILT_DEG:g} are "
             f"expected; give the longest diameter and the longest across it"
         )
     gap = max(_gap_mm(ends[0], ends[1]), _gap_mm(ends[1], ends[0]))
     if gap > MOST_GAP * lengths[0]:
-        raise ValueError(f"{where_who}: the diameters are {gap:.1f} mm apart; give two that cross, of one lesion")
+        raise ValueError(f"{where}: the diameters are {gap:.1f} mm apart; give two that cross, of one lesion")
     return patient, phase, Diameters(long_mm=ends[0], short_mm=ends[1], source=where)
 
 
@@ -138,6 +156,15 @@ def _borders_mm(scan: PhaseScan) -> tuple[Float[ndarray, "3"], Float[ndarray, "3
 def _inside(points_mm: Float[ndarray, "n 3"], scan: PhaseScan) -> Bool[ndarray, " n"]:
     low, high = _borders_mm(scan)
     return ((points_mm >= low) & (points_mm <= high)).all(axis=1)
+
+
+def _mean_hu(one: Diameters, scan: PhaseScan, turned: tuple[int, int, int]) -> float | None:
+    """Within half of the ellipsoid's axes, its points' signs `turned`; None where that isn't all in the scan."""
+    other = Diameters(long_mm=one.long_mm * turned, short_mm=one.short_mm * turned)
+    if not _inside(np.concatenate([other.long_mm, other.short_mm]), scan).all():
+        return None
+    inside = other.ellipsoid(scan.geometry(), 0.5)
+    return float(scan.ct_hu[inside].mean()) if inside.any() else None
 
 
 def _guess(ends: Float[ndarray, "4 3"], scan: PhaseScan) -> str:
