@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from lungssl.cli.job_options import Job, Launcher, ShowScript
+
 
 def finetune(
     task: Annotated[Literal["segment", "register", "joint", "cosegment"], typer.Argument(help="What for.")],
@@ -34,18 +36,9 @@ def finetune(
         bool, typer.Option("--dry-run", help="Build all, make two steps, print time and memory, write nothing.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    launcher: Annotated[
-        Literal["here", "local", "slurm"],
-        typer.Option(help="Where to train: in this process, as a job in the background, or on SLURM."),
-    ] = "here",
-    job: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of submitit, e.g. slurm_partition=gpu; timeout_min is a day."),
-    ] = None,
-    show_script: Annotated[
-        bool,
-        typer.Option("--print", help="Print SLURM's script with the command that submitit wraps."),
-    ] = False,
+    launcher: Launcher = "here",
+    job: Job = None,
+    show_script: ShowScript = False,
 ) -> None:
     """Fine-tune an encoder: for lobes on a few labelled patients, for registration on pairs without labels, or for both
     at once (joint) on pairs of which some are labelled, or for lesions of both phases from two diameters (cosegment).

@@ -1,9 +1,11 @@
 """`lungssl pretrain`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from lungssl.cli.job_options import Job, Launcher, ShowScript
 
 
 def pretrain(
@@ -26,18 +28,9 @@ def pretrain(
         int, typer.Option(min=0, help="Steps to run under torch's profiler: RUN/profile says where their time went.")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    launcher: Annotated[
-        Literal["here", "local", "slurm"],
-        typer.Option(help="Where to train: in this process, as a job in the background, or on SLURM."),
-    ] = "here",
-    job: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of submitit, e.g. slurm_partition=gpu; timeout_min is a day."),
-    ] = None,
-    show_script: Annotated[
-        bool,
-        typer.Option("--print", help="Print SLURM's script with the command that submitit wraps."),
-    ] = False,
+    launcher: Launcher = "here",
+    job: Job = None,
+    show_script: ShowScript = False,
 ) -> None:
     """Pretrain an encoder without labels.
 

@@ -128,6 +128,11 @@ class RunFolder:
         before = dict(_flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))))
         now = dict(_flat(config))
         for key in [*before, *(key for key in now if key not in before)]:
+            if key not in before and key not in RESUME_MAY_CHANGE:
+                raise ConfigError(
+                    f"{key}: the run in {self.path} was begun without this setting, by another lungssl (its commit is "
+                    f"in env.json); resume with that one, or start anew with --overwrite"
+                )
             if before.get(key) != now.get(key) and key not in RESUME_MAY_CHANGE:
                 raise ConfigError(
                     f"{key}: the run in {self.path} has {before.get(key)!r}, this command {now.get(key)!r}; resume "
