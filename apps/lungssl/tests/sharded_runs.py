@@ -5,15 +5,14 @@ Prints one JSON object: what differs from whole weights on two processes, and wh
 
 import errno
 import importlib
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+import two_rank_runs as runs
 from lungssl.pretraining import build_pretraining, pretrain
 from lungssl.training import sharded_files
 from lungssl.training.checkpoint import checkpoints, load_checkpoint
@@ -22,17 +21,6 @@ from lungssl_backbones.weights import load_encoder
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-
-def _neighbour(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-runs = _neighbour("two_rank_runs")
 # Of the three batches that are held out two ranks have not as many; gradients are clipped in each step.
 SAME = ["train.steps=6", "train.eval_batches=3", "train.clip=0.05"]
 

@@ -3,7 +3,7 @@
 Prints one JSON object. Processes are forked from one that has everything imported, which takes longer than the runs.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import test_pretraining as recipes
 import torch
 from lungssl import pretraining
 from lungssl.cli import main
@@ -30,17 +30,6 @@ from lungssl_data.views import ViewSampler
 from lungssl_methods import dino
 from safetensors.torch import load_file, save_file
 
-
-def _neighbour(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-recipes = _neighbour("test_pretraining")
 SMALL = (
     "train.steps=3 train.batch=4 train.log_every=1 train.eval_every=3 train.eval_batches=2 train.warmup=0 "
     "train.lr=3e-2 train.final_lr=1e-2 train.clip=1 train.precision=fp32"

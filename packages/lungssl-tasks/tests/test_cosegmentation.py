@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -451,5 +452,11 @@ def test_a_folder_holds_the_whole_network(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(*crops), again(*crops), rtol=0, atol=0)
     assert side_vox == 16 and again.config == model.config
+    untold = task(told=False).model
+    save_cosegmentation(tmp_path / "older", untold, side_vox=16)
+    card = json.loads((tmp_path / "older" / "model.json").read_text())
+    del card["cosegmentation"]["told"]  # as networks were written before they could be told
+    (tmp_path / "older" / "model.json").write_text(json.dumps(card))
+    assert load_cosegmentation(tmp_path / "older")[0].config == untold.config
     with pytest.raises(ModelFolderError, match="give a model that was fine-tuned for this"):
         load_model(tmp_path / "model")

@@ -25,12 +25,15 @@ from numpy import ndarray
 from scipy import ndimage
 
 from lungssl.errors import ConfigError, DataError
+from lungssl.lesion_scoring import likelier
 from lungssl.segmenting import FAR_MM, model_folder, segment_lungs
 from lungssl.training.precision import pick_device
 
 GRABCUT_SPACING_MM = 4.0
 """Voxels on which GrabCut's weights were chosen (`docs/decisions/0011-joint.md`)."""
-FILES = ("exhale_lesions.nii.gz", "inhale_lesions.nii.gz", "lesions.csv")
+MASKS: dict[Phase, str] = {phase: f"{phase}_lesions.nii.gz" for phase in PHASES}
+TABLE = "lesions.csv"
+FILES = (*MASKS.values(), TABLE)
 """What is written."""
 MOST_LESIONS = 255
 """Labels of a mask."""
@@ -78,7 +81,8 @@ def draw_lesions(
     given, patient = _given(diameters)
     if np.array_equal(volumes["exhale"].hu, volumes["inhale"].hu):
         raise DataError("--exhale and --inhale are the same scan; give both phases")
-    network, side_vox = (None, 8) if model is None else load_cosegmentation(model_folder(model))
+    # GrabCut cuts its own crops, and has no use for a side.
+    network, side_vox = (None, 1) if model is None else load_cosegmentation(model_folder(model))
     where = pick_device(device)
     spacing_mm = GRABCUT_SPACING_MM if network is None else network.encoder.spacing_mm
     scans: dict[Phase, PhaseScan] = {}
@@ -136,11 +140,11 @@ def draw_lesions(
 
 
 def write_lesions(found: DrawnLesions, folder: Path) -> None:
-    """`exhale_lesions.nii.gz`, `inhale_lesions.nii.gz`, whose labels are the lesions' numbers, and `lesions.csv`."""
+    """FILES: masks whose labels are the lesions' numbers, and a row for each lesion and phase."""
     folder.mkdir(parents=True, exist_ok=True)
     for phase, mask in found.masks.items():
-        write_labels(folder / f"{phase}_lesions.nii.gz", mask)
-    with (folder / "lesions.csv").open("w", newline="", encoding="utf-8") as file:
+        write_labels(folder / MASKS[phase], mask)
+    with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(DrawnLesion.__dataclass_fields__)
         for one in found.lesions:
@@ -202,7 +206,7 @@ def _by_network(network: CosegmentationModel, lesions: LesionPairs, match: Match
         logits = network(values[0], values[1], values[2] / 255, values[3] / 255)
     found: dict[Phase, Parts] = {}
     for phase, one in zip(PHASES, logits, strict=True):
-        mask = (one[0, 1] > one[0, 0]).cpu().numpy()
+        mask = likelier(one)
         parts, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
         told = parts[crops[phase].told >= 127]
         found[phase] = [(mask & np.isin(parts, told[told > 0]), crops[phase].low)]

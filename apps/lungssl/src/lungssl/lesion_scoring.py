@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from lungssl_data.pair import Phase
 from lungssl_tasks.cosegmentation.lesion_pairs import LesionPair
 from lungssl_tasks.cosegmentation.lesions import PHASES
@@ -16,6 +16,7 @@ from lungssl_tasks.cosegmentation.model import CosegmentationModel
 from lungssl_tasks.metrics import dice
 from lungssl_tasks.segmentation import IGNORE_LABEL
 from numpy import ndarray
+from torch import Tensor
 
 from lungssl.errors import DataError
 
@@ -50,7 +51,7 @@ def score_lesions(
         with torch.inference_mode():
             there = pair.to(device)
             exhale, inhale = model(there.exhale_hu, there.inhale_hu, there.exhale_told, there.inhale_told)
-        return _likelier(exhale), _likelier(inhale)
+        return likelier(exhale), likelier(inhale)
 
     return score_masks(draw, pairs)
 
@@ -129,7 +130,8 @@ def write_scores(folder: Path, scores: list[LesionScore]) -> None:
     (folder / "table.txt").write_text(table(scores) + "\n", encoding="utf-8")
 
 
-def _likelier(logits: torch.Tensor) -> Bool[ndarray, "z y x"]:
+def likelier(logits: Float[Tensor, "1 2 z y x"]) -> Bool[ndarray, "z y x"]:
+    """Where a lesion is likelier than none."""
     return (logits[0, 1] > logits[0, 0]).cpu().numpy()
 
 

@@ -63,11 +63,8 @@ def hand_in(
 
     With `show_script` nothing is started, and SLURM's script is returned.
     """
-    folder, name, parameters = (
-        out.resolve().with_name(f"{out.name}-jobs"),
-        f"lungssl-{out.name}",
-        job_parameters(wishes),
-    )
+    folder, name = out.resolve().with_name(f"{out.name}-jobs"), f"lungssl-{out.name}"
+    parameters = job_parameters(wishes)
     if show_script:
         return script(command, folder=folder, name=name, parameters=parameters)
     (one,) = submit([command], cluster=cluster, folder=folder, name=name, parameters=parameters)

@@ -35,17 +35,13 @@ def matches_figure(found: Analysed) -> Figure:
     shift_mm = _left_mm(exhale) + GAP_MM - inhale.origin_mm[0]
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     axes = figure.subplots()
-    for scan, offset_mm in ((exhale, 0.0), (inhale, shift_mm)):
-        low, high = WINDOW_HU
-        axes.imshow(_from_the_front(scan), cmap="gray", vmin=low, vmax=high, extent=_extent(scan, offset_mm))
-    axes.autoscale(False)
-    x = (
-        min(exhale.origin_mm[0], inhale.origin_mm[0] + shift_mm) - exhale.spacing_mm[0],
-        _left_mm(inhale) + shift_mm + inhale.spacing_mm[0],
-    )
-    z = [edge for scan, offset_mm in ((exhale, 0.0), (inhale, shift_mm)) for edge in _extent(scan, offset_mm)[2:]]
-    axes.set_xlim(*x)
-    axes.set_ylim(min(z), max(z))
+    low, high = WINDOW_HU
+    extents = [_extent(exhale, 0.0), _extent(inhale, shift_mm)]
+    for scan, extent in zip((exhale, inhale), extents, strict=True):
+        axes.imshow(_from_the_front(scan), cmap="gray", vmin=low, vmax=high, extent=extent)
+    first_x, last_x, bottom, top = zip(*extents, strict=True)
+    axes.set_xlim(min(first_x), max(last_x))
+    axes.set_ylim(min(bottom), max(top))
     places = [place[chosen][:, [0, 2]] + [offset_mm, 0] for place, offset_mm in ((here, 0.0), (there, shift_mm))]
     lines = LineCollection(list(np.stack(places, axis=1)), cmap="cool", linewidths=1.0, alpha=0.85)
     lines.set_array(errors_mm[chosen])

@@ -128,16 +128,17 @@ class RunFolder:
         before = dict(_flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))))
         now = dict(_flat(config))
         for key in [*before, *(key for key in now if key not in before)]:
-            if key not in before and key not in RESUME_MAY_CHANGE:
+            if before.get(key) == now.get(key) or key in RESUME_MAY_CHANGE:
+                continue
+            if key not in before:
                 raise ConfigError(
                     f"{key}: the run in {self.path} was begun without this setting, by another lungssl (its commit is "
                     f"in env.json); resume with that one, or start anew with --overwrite"
                 )
-            if before.get(key) != now.get(key) and key not in RESUME_MAY_CHANGE:
-                raise ConfigError(
-                    f"{key}: the run in {self.path} has {before.get(key)!r}, this command {now.get(key)!r}; resume "
-                    f"with {self.path / 'config.yaml'} as the recipe, or start anew with --overwrite"
-                )
+            raise ConfigError(
+                f"{key}: the run in {self.path} has {before.get(key)!r}, this command {now.get(key)!r}; resume "
+                f"with {self.path / 'config.yaml'} as the recipe, or start anew with --overwrite"
+            )
         env = self.path / "env.json"
         known = json.loads(env.read_text(encoding="utf-8")).get("data", "") if env.is_file() else ""
         if known and data_fingerprint and known != data_fingerprint:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from lungssl_data.pair import Phase, PhaseScan
 from numpy import ndarray
 
+from lungssl_tasks.cosegmentation.boxes import Box
 from lungssl_tasks.cosegmentation.diameters import Diameters
 from lungssl_tasks.cosegmentation.lesions import PHASES, Measured
 
@@ -108,9 +109,9 @@ def _lesion_of(row: dict[str, str | None], where: str) -> tuple[str, Phase, Diam
     phase = next((name for name in PHASES if name == row["phase"]), None)
     if phase is None:
         raise ValueError(f"{where}: phase {row['phase']!r}, expected exhale or inhale")
+    if empty := [name for name in COLUMNS if not row[name]]:
+        raise ValueError(f"{where}: {empty[0]} is empty; give numbers, LPS mm with a decimal point")
     try:
-        if empty := [name for name in COLUMNS if not row[name]]:
-            raise ValueError(f"{empty[0]} is empty")
         ends = np.array([float(row[name] or "") for name in COLUMNS]).reshape(2, 2, 3)
     except ValueError as error:
         raise ValueError(f"{where}: {error}; give numbers, LPS mm with a decimal point") from error
@@ -163,8 +164,10 @@ def _mean_hu(one: Diameters, scan: PhaseScan, turned: tuple[int, int, int]) -> f
     other = Diameters(long_mm=one.long_mm * turned, short_mm=one.short_mm * turned)
     if not _inside(np.concatenate([other.long_mm, other.short_mm]), scan).all():
         return None
-    inside = other.ellipsoid(scan.geometry(), 0.5)
-    return float(scan.ct_hu[inside].mean()) if inside.any() else None
+    side = 2 * int(np.ceil(max(other.half_axes_mm()) / 2 / min(scan.spacing_mm))) + 1
+    box = Box.around(scan, other.centre_mm(), side, margin=0)
+    inside = other.ellipsoid(box.geometry(scan), 0.5) & (box.cut(scan.valid, 0) > 0)
+    return float(box.cut(scan.ct_hu, 0)[inside].mean()) if inside.any() else None
 
 
 def _guess(ends: Float[ndarray, "4 3"], scan: PhaseScan) -> str:

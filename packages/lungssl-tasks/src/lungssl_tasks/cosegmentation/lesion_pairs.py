@@ -176,7 +176,8 @@ class LesionPairs:
             return self._crops[match]
         pair = self._pair(match.patient)
         lesions = self._lesions[match.patient]
-        centres, told = centres_mm(pair, lesions, match), told_diameters(pair, lesions, match)
+        centres = centres_mm(pair, lesions, match)
+        told = told_diameters(lesions, match, centres)
         made: dict[Phase, Crop] = {}
         for phase, which in zip(PHASES, (match.exhale, match.inhale), strict=True):
             scan = pair.scan(phase)

@@ -118,17 +118,16 @@ def centres_mm(pair: PhasePair, lesions: Mapping[Phase, list[Lesion]], match: Ma
 
 
 def told_diameters(
-    pair: PhasePair, lesions: Mapping[Phase, list[Lesion]], match: Match
+    lesions: Mapping[Phase, list[Lesion]], match: Match, centres_mm: Mapping[Phase, Float[ndarray, "3"]]
 ) -> dict[Phase, list[Diameters]]:
-    """What is known of a lesion in both phases: its own diameters, or the other's where they lie here."""
-    centres = centres_mm(pair, lesions, match)
+    """What is known of a lesion in both phases: its own diameters, or the other's about its middle here."""
     own = {
         phase: [lesions[phase][k].diameters for k in chosen]
         for phase, chosen in (("exhale", match.exhale), ("inhale", match.inhale))
     }
     for phase, other in (PHASES, PHASES[::-1]):
         if not own[phase]:
-            own[phase] = [one.moved(centres[phase] - centres[other]) for one in own[other]]
+            own[phase] = [one.moved(centres_mm[phase] - centres_mm[other]) for one in own[other]]
     return own
 
 
