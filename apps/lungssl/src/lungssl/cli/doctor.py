@@ -32,7 +32,7 @@ def doctor(
 
     import torch
 
-    from lungssl.training.precision import has_amx
+    from lungssl.training.precision import cpu_bf16
     from lungssl.training.run_folder import cores, environment
 
     here = environment()
@@ -40,7 +40,7 @@ def doctor(
     print(f"python       {here['python']}  {sys.executable}")
     print(f"platform     {here['platform']}")
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads of {cores()} cores")
-    print(f"cpu          {torch.backends.cpu.get_cpu_capability()}, bf16 tiles (AMX): {'yes' if has_amx() else 'no'}")
+    print(f"cpu          {torch.backends.cpu.get_cpu_capability()}, bf16 products: {cpu_bf16() or 'emulated'}")
     print(f"memory       {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB")
     for line in _devices():
         print(f"accelerator  {line}")
