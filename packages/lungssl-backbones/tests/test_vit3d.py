@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lungssl_backbones.vit3d import Vit3d, _Block, _patches, _rotate
+from lungssl_backbones.vit3d import Vit3d, _Block, _patches
 from torch import Tensor
 
 SPACING_MM = 1.5
@@ -45,31 +45,48 @@ def test_the_patch_embedding_is_a_strided_convolution() -> None:
     torch.testing.assert_close(model.patch_embed(_patches(x, (2, 3, 4))), convolved)
 
 
-def test_a_quarter_turn_takes_the_first_channel_of_a_pair_to_the_second() -> None:
-    q = torch.tensor([1.0, 0.0, 5.0]).expand(1, 1, 1, 3)
-    turned = _rotate(q, torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-    assert turned.flatten().tolist() == [0.0, 1.0, 5.0]
-
-
-def test_the_rotations_gradient_is_turned_back() -> None:
-    angle = torch.rand(2, 1, 5, 3, dtype=torch.float64)
-    q = torch.randn(2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q: _rotate(q, angle.cos(), angle.sin()), [q])
-    with torch.no_grad():
-        turned = _rotate(q, angle.cos(), angle.sin())
-        torch.testing.assert_close(_rotate(turned, angle.cos(), -angle.sin()), q)
-
-
 def test_attention_without_rotation_is_torch_multihead_attention() -> None:
     torch.manual_seed(0)
-    block = _Block(Vit3d.Config(dim=48, heads=2), 0.0)
+    block = _Block(Vit3d.Config(dim=48, heads=2, layer_scale=1.0), 0.0)
+    for layer in (block.mlp[0], block.mlp[2]):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
     t = torch.randn(2, 7, 48)
-    still = torch.ones(1, 1, 7, 12), torch.zeros(1, 1, 7, 12)
+    normed = block.norm1(t)
     theirs = F.multi_head_attention_forward(
-        *(t.transpose(0, 1),) * 3, 48, 2, block.qkv.weight, block.qkv.bias, None, None, False, 0.0,
+        *(normed.transpose(0, 1),) * 3, 48, 2, block.qkv.weight, block.qkv.bias, None, None, False, 0.0,
         block.proj.weight, block.proj.bias, training=False, need_weights=False,
     )[0].transpose(0, 1)  # fmt: skip
-    torch.testing.assert_close(block._attend(t, *still), theirs)
+    found, _ = block(t.flatten(0, 1), [t.shape[:2]], None)
+    torch.testing.assert_close(found.unflatten(0, (2, 7)), t + theirs)
+
+
+def test_crops_of_several_sizes_are_encoded_together_as_one_by_one() -> None:
+    model, sizes = vit(), [crop(), crop(24, 8, 16)[:1]]
+    for many, x in zip(model(sizes), sizes, strict=True):
+        one = model(x)
+        torch.testing.assert_close(many.cls, one.cls)
+        torch.testing.assert_close(many.tokens, one.tokens)
+        torch.testing.assert_close(many.pyramid[0], one.pyramid[0])
+        assert many.grid == one.grid
+    with pytest.raises(ValueError, match="several sizes take no mask, keep or coords_mm"):
+        model(sizes, keep=torch.zeros(2, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("changed", [{}, {"mlp": "swiglu"}, {"position": "sincos"}, {"depth": 1}])
+def test_a_summary_alone_is_the_same_with_the_same_gradients(changed: dict[str, object]) -> None:
+    found = []
+    for summary_only in (False, True):
+        model = vit(**changed)
+        features = model(crop(), summary_only=summary_only)
+        assert features.cls is not None
+        features.cls.sin().sum().backward()
+        found.append([features.cls, *(p.grad for name, p in model.named_parameters() if name != "mask_token")])
+        if summary_only:
+            assert features.tokens.shape == (2, 0, 48)
+            assert features.pyramid == ()
+    for whole, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_coords_of_a_regular_grid_change_nothing() -> None:
@@ -124,14 +141,24 @@ def test_dropped_voxels_are_not_seen() -> None:
 
 def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
     block = _Block(Vit3d.Config(dim=48, heads=2), 0.25).train()
-    parts = torch.zeros(10_000, 1, 2), torch.ones(10_000, 1, 2), torch.ones(2)
+    counts = [torch.Size([4_000, 3]), torch.Size([6_000, 1])]
     torch.manual_seed(0)
-    kept = block._add(*parts)
+    kept = block._scale(torch.ones(2), counts)
     assert kept.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     assert torch.equal(kept[..., 0], kept[..., 1])
     assert kept.mean().item() == pytest.approx(1, abs=0.03)
     torch.manual_seed(0)
-    assert torch.equal(block._add(*parts), kept)
+    assert torch.equal(block._scale(torch.ones(2), counts), kept)
+    assert block.eval()._scale(torch.ones(2), counts).tolist() == [[1.0, 1.0]]
+
+
+def test_a_dropped_sample_passes_unchanged() -> None:
+    torch.manual_seed(0)
+    block = _Block(Vit3d.Config(dim=48, heads=2, layer_scale=1.0, drop_path=0.5), 0.5).train()
+    t = torch.randn(16, 3, 48)
+    found, _ = block(t.flatten(0, 1), [t.shape[:2]], None)
+    unchanged = (found.unflatten(0, (16, 3)) == t).flatten(1).all(dim=1)
+    assert 0 < unchanged.sum() < 16  # both halves dropped: a quarter
 
 
 @pytest.mark.parametrize("position", ["rope", "sincos"])

@@ -18,9 +18,10 @@ class Features:
     cls: Float[Tensor, "b d"] | None
     """Summary token; None for encoders without one."""
     tokens: Float[Tensor, "b n d"]
-    """Local features, flattened in (z, y, x) order; with `keep`, only the kept ones in the order of `keep`."""
+    """Local features, flattened in (z, y, x) order; with `keep`, only the kept ones in the order of `keep`; none where
+    the summary alone was asked for."""
     pyramid: tuple[Float[Tensor, "b _c _z _y _x"], ...]
-    """Feature maps, fine to coarse; empty when `keep` was given."""
+    """Feature maps, fine to coarse; empty when `keep` was given, or the summary alone was asked for."""
     grid: tuple[int, int, int]
     """Tokens along (z, y, x) of the whole crop."""
     stride_mm: float
@@ -64,6 +65,8 @@ class Encoder(Protocol):
         `keep`: indices of the only tokens to process (transformers; others raise ValueError).
         `coords_mm`: LPS position of each voxel, used for positions instead of the regular grid where the encoder
         has positions.
+        Encoders that can leave out what the summary doesn't need have `supports_summary_only = True` and take
+        `summary_only=True`; those that take a list of crops of several sizes, and give a list, `supports_sizes = True`.
         """
         ...
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
+from lungssl_ops.transformer import attend
 from torch import Tensor, nn
 
-from lungssl_backbones.attention import attend
 from lungssl_backbones.encoder import Features, token_grid
 from lungssl_backbones.masking import drop_samples, take_tokens
 

@@ -10,16 +10,16 @@ Axes: b batch, d embedding, n tokens, h heads, z y x voxels with z from inferior
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
+from lungssl_ops.transformer import Affine, Counts, Rotation, add_branch, residual_attention, residual_mlp
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from lungssl_backbones.attention import attend
 from lungssl_backbones.encoder import Features, token_grid
 from lungssl_backbones.masking import drop_samples, take_tokens, token_centres_mm
 
@@ -35,6 +35,8 @@ class Vit3d(nn.Module):
     name: str = "vit3d_s"
     """An entry of this class in `BACKBONES`; `create_backbone` writes the one that it was asked for."""
     supports_keep = True
+    supports_summary_only = True
+    supports_sizes = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -107,6 +109,7 @@ class Vit3d(nn.Module):
         for token in (self.cls_token, self.register_tokens, self.mask_token):
             nn.init.normal_(token, std=0.02)
 
+    @overload
     def forward(
         self,
         x: Float[Tensor, "b c z y x"],
@@ -114,8 +117,55 @@ class Vit3d(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         keep: Int64[Tensor, "b k"] | None = None,
         coords_mm: Float[Tensor, "b 3 z y x"] | None = None,
-    ) -> Features:
-        """See `encoder.Encoder`. Moving all of `coords_mm` by one vector changes nothing."""
+        summary_only: bool = False,
+    ) -> Features: ...
+
+    @overload
+    def forward(self, x: Sequence[Float[Tensor, "_b c _z _y _x"]], *, summary_only: bool = False) -> list[Features]: ...
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c z y x"] | Sequence[Float[Tensor, "_b c _z _y _x"]],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        keep: Int64[Tensor, "b k"] | None = None,
+        coords_mm: Float[Tensor, "b 3 z y x"] | None = None,
+        summary_only: bool = False,
+    ) -> Features | list[Features]:
+        """See `encoder.Encoder`. Moving all of `coords_mm` by one vector changes nothing.
+
+        `x`: crops, or crops of several sizes, [b, c, z, y, x] each: they go through the blocks together, which reads
+        every weight once, and each size has its own features; `mask`, `keep` and `coords_mm` are for one size.
+        `summary_only`: `cls` alone is wanted, so that the last block asks only for it; there are no tokens.
+        """
+        if isinstance(x, Tensor):
+            sizes = [self._enter(x, mask, keep, coords_mm)]
+        elif mask is None and keep is None and coords_mm is None:
+            sizes = [self._enter(one, None, None, None) for one in x]
+        else:
+            raise ValueError("crops of several sizes take no mask, keep or coords_mm; encode each size by itself")
+        counts = [size.tokens.shape[:2] for size in sizes]
+        rows = torch.cat([size.tokens.flatten(0, 1) for size in sizes])
+        rotation = [size.rotation for size in sizes] if self.config.position == "rope" else None
+        for number, block in enumerate(self.blocks, start=1):
+            last = number == len(self.blocks)
+            rows, counts = block(rows, counts, rotation, first=1 if summary_only and last else None)
+        parts = self.norm(rows).split([b * t for b, t in counts])
+        whole = keep is None and not summary_only
+        found = [
+            self._leave(part.unflatten(0, count), size.grid, pyramid=whole)
+            for part, count, size in zip(parts, counts, sizes, strict=True)
+        ]
+        return found[0] if isinstance(x, Tensor) else found
+
+    def _enter(
+        self,
+        x: Float[Tensor, "b c z y x"],
+        mask: Bool[Tensor, "b n"] | None,
+        keep: Int64[Tensor, "b k"] | None,
+        coords_mm: Float[Tensor, "b 3 z y x"] | None,
+    ) -> "_Entered":
+        """Tokens of crops as the first block takes them, and how they turn."""
         z, y, x_vox = x.shape[2:]
         grid = token_grid((z, y, x_vox), self.token_stride_vox)
         tokens = self.patch_embed(_patches(x, grid))
@@ -127,49 +177,51 @@ class Vit3d(nn.Module):
             spacing_mm=self.spacing_mm,
             coords_mm=coords_mm,
             device=x.device,
-        ).expand(x.shape[0], -1, -1)
+        )
         if keep is not None:
-            tokens, centres_mm = take_tokens(tokens, keep), take_tokens(centres_mm, keep)
+            centres_mm = take_tokens(centres_mm.expand(x.shape[0], -1, -1), keep)
+            tokens = take_tokens(tokens, keep)
         extra = torch.cat([self.cls_token, self.register_tokens], dim=1).to(tokens.dtype)
-        cos = sin = None
-        if self.config.position == "rope":
-            cos, sin = self._rotation(centres_mm, extra.shape[1])
-        else:
+        if self.config.position == "sincos":
             tokens = tokens + self._waves(centres_mm).to(tokens.dtype)
         tokens = torch.cat([extra.expand(x.shape[0], -1, -1), tokens], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens, cos, sin)
-        tokens = self.norm(tokens)
-        cls, tokens = tokens[:, 0], tokens[:, extra.shape[1] :]
+        return _Entered(tokens, self._rotation(centres_mm, extra.shape[1]), grid)
+
+    def _leave(self, tokens: Float[Tensor, "b t d"], grid: tuple[int, int, int], *, pyramid: bool) -> Features:
+        cls, tokens = tokens[:, 0], tokens[:, 1 + self.config.registers :]
         return Features(
             cls=cls,
             tokens=tokens,
-            pyramid=() if keep is not None else (tokens.mT.unflatten(2, grid),),
+            pyramid=(tokens.mT.unflatten(2, grid),) if pyramid else (),
             grid=grid,
             stride_mm=self.token_stride_vox * self.spacing_mm,
         )
 
-    def _rotation(
-        self, centres_mm: Float[Tensor, "b n 3"], unplaced: int
-    ) -> tuple[Float[Tensor, "b 1 t f"], Float[Tensor, "b 1 t f"]]:
+    def _rotation(self, centres_mm: Float[Tensor, "_b n 3"], unplaced: int) -> Rotation:
         """Cosine and sine per token and channel pair; the first `unplaced` tokens (summary, registers) are not turned.
 
         Computed from the config, not kept in a buffer, so that no cast of the model can round it.
         """
         angle = self._angles(centres_mm, self.dim // self.config.heads // 6)
-        angle = F.pad(angle, (0, 0, unplaced, 0))[:, None]
+        angle = F.pad(angle, (0, 0, unplaced, 0))
         return angle.cos(), angle.sin()
 
-    def _waves(self, centres_mm: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n d"]:
+    def _waves(self, centres_mm: Float[Tensor, "_b n 3"]) -> Float[Tensor, "_b n d"]:
         """Sines, then cosines, of the same angles as the rotation's, a sixth of the channels per axis and kind;
         channels left over by the split stay 0."""
         angle = self._angles(centres_mm, self.dim // 6)
         return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, self.dim - 2 * angle.shape[-1]))
 
-    def _angles(self, centres_mm: Float[Tensor, "b n 3"], per_axis: int) -> Float[Tensor, "b n f"]:
+    def _angles(self, centres_mm: Float[Tensor, "_b n 3"], per_axis: int) -> Float[Tensor, "_b n f"]:
         shortest, longest = (math.log2(w) for w in self.config.wavelengths_mm)
         wavelengths_mm = torch.logspace(shortest, longest, per_axis, base=2.0, device=centres_mm.device)
         return (2 * math.pi * centres_mm[..., None] / wavelengths_mm).flatten(2)
+
+
+class _Entered(NamedTuple):
+    tokens: Float[Tensor, "b t d"]
+    rotation: Rotation
+    grid: tuple[int, int, int]
 
 
 class _Block(nn.Module):
@@ -193,31 +245,28 @@ class _Block(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "b t d"],
-        cos: Float[Tensor, "_b 1 t f"] | None,
-        sin: Float[Tensor, "_b 1 t f"] | None,
-    ) -> Float[Tensor, "b t d"]:
-        tokens = self._add(tokens, self._attend(self.norm1(tokens), cos, sin), self.scale1)
-        return self._add(tokens, self.mlp(self.norm2(tokens)), self.scale2)
+        rows: Float[Tensor, "r d"],
+        counts: Counts,
+        rotation: Sequence[Rotation] | None,
+        first: int | None = None,
+    ) -> tuple[Float[Tensor, "_r d"], Counts]:
+        """Rows are the tokens of all samples, `counts` those that belong together; with `first` so many of each."""
+        norm, joint, out = (Affine(part.weight, part.bias) for part in (self.norm1, self.qkv, self.proj))
+        scale1, scale2 = self._scale(self.scale1, counts), self._scale(self.scale2, counts)
+        rows = residual_attention(
+            rows, norm, joint, out, counts=counts, heads=self.heads, rotation=rotation, scale=scale1, first=first
+        )
+        counts = counts if first is None else [torch.Size([b, first]) for b, _ in counts]
+        if isinstance(self.mlp, _SwiGlu):
+            return add_branch(rows, self.mlp(self.norm2(rows)), counts, scale2), counts
+        norm, widen, narrow = (Affine(part.weight, part.bias) for part in (self.norm2, self.mlp[0], self.mlp[2]))
+        return residual_mlp(rows, norm, widen, narrow, counts=counts, scale=scale2), counts
 
-    def _attend(
-        self,
-        tokens: Float[Tensor, "b t d"],
-        cos: Float[Tensor, "_b 1 t f"] | None,
-        sin: Float[Tensor, "_b 1 t f"] | None,
-    ) -> Float[Tensor, "b t d"]:
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if cos is not None and sin is not None:
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        attended = attend(q, k, v)
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-    def _add(
-        self, tokens: Float[Tensor, "b t d"], branch: Float[Tensor, "b t d"], scale: Float[Tensor, " d"]
-    ) -> Float[Tensor, "b t d"]:
-        """tokens + scale * branch, the branch of some samples dropped; by their scales, which are smaller than it."""
-        scales = drop_samples(scale.expand(tokens.shape[0], 1, -1), self.drop_path, self.training)
-        return torch.addcmul(tokens, branch, scales)
+    def _scale(self, scale: Float[Tensor, " d"], counts: Counts) -> Float[Tensor, "_s d"]:
+        """Of all samples or, in training with dropped branches, of each."""
+        if not self.training or self.drop_path == 0:
+            return scale[None]
+        return drop_samples(scale.expand(sum(b for b, _ in counts), -1), self.drop_path, self.training)
 
 
 class _SwiGlu(nn.Module):
@@ -229,49 +278,8 @@ class _SwiGlu(nn.Module):
         self.up = nn.Linear(dim, hidden)
         self.down = nn.Linear(hidden, dim)
 
-    def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def forward(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         return self.down(F.silu(self.gate(tokens)) * self.up(tokens))
-
-
-def _rotate(
-    x: Float[Tensor, "b h t c"], cos: Float[Tensor, "_b 1 t f"], sin: Float[Tensor, "_b 1 t f"]
-) -> Float[Tensor, "b h t c"]:
-    """Turn channel pairs (i, i + f); channels from 2f on, left over by the split in three axes, stay."""
-    rest = (0, x.shape[-1] - 2 * cos.shape[-1])
-    whole_cos = F.pad(torch.cat([cos, cos], dim=-1), rest, value=1.0).to(x.dtype)
-    whole_sin = F.pad(torch.cat([-sin, sin], dim=-1), rest).to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotation.apply(x, whole_cos, whole_sin, cos.shape[-1])  # pyright: ignore[reportReturnType]
-    return _turned(x, whole_cos, whole_sin, cos.shape[-1])
-
-
-class _Rotation(torch.autograd.Function):
-    """`_turned`, whose gradient is turned back: autograd's own fills slices with zeros and adds them up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.pairs = pairs
-        return _turned(x, cos, sin, pairs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, sin, ctx.pairs, sign=-1), None, None, None
-
-
-def _turned(
-    x: Float[Tensor, "b h t c"],
-    cos: Float[Tensor, "_b 1 t c"],
-    sin: Float[Tensor, "_b 1 t c"],
-    pairs: int,
-    *,
-    sign: int = 1,
-) -> Float[Tensor, "b h t c"]:
-    """x cos + sign * swapped(x) sin, over all channels at once: passes over 30 of 64 channels are not vectorised."""
-    swapped = torch.cat([x[..., pairs : 2 * pairs], x[..., :pairs], x[..., 2 * pairs :]], dim=-1)
-    return swapped.mul_(sign * sin).addcmul_(x, cos)
 
 
 def _patches(x: Float[Tensor, "b c z y x"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:

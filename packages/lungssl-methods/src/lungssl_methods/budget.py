@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from lungssl_backbones.encoder import Encoder
 from lungssl_data.batch import PairBatch
+from lungssl_ops.dispatch import forced
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -63,12 +64,16 @@ def step_budget(method: nn.Module, batch: PairBatch, *, step: int = 0) -> Budget
             if isinstance(module, Encoder):
                 student = module is method.encoder
 
-                def note(_: nn.Module, arguments: tuple[Any, ...], features: Any, student: bool = student) -> None:
-                    image = arguments[0]
-                    tokens = features.tokens.shape[0] * features.tokens.shape[1]
-                    passes.append((student, len(image), image.numel(), tokens))
+                def note(_: nn.Module, arguments: tuple[Any, ...], found: Any, student: bool = student) -> None:
+                    several = not isinstance(arguments[0], Tensor)
+                    images = arguments[0] if several else [arguments[0]]
+                    for image, features in zip(images, found if several else [found], strict=True):
+                        kept = features.tokens.shape[1] or math.prod(features.grid)  # none of a summary alone
+                        passes.append((student, len(image), image.numel(), len(image) * kept))
 
                 stack.callback(module.register_forward_hook(note).remove)
+        # The definitions, whose products torch's functions show.
+        stack.enter_context(forced(residual_attention="reference", residual_mlp="reference"))
         shapes = stack.enter_context(_Products())
         method.train()
         method(batch, step)
@@ -206,6 +211,13 @@ _RULES: dict[Any, Callable[..., _Cost]] = {
 @register_flop_formula(torch.ops.lungssl_ops.prototype_ce_rows, get_raw=True)
 def _(*arguments: Any, out_val: Any = None, **_: Any) -> int:
     return _prototypes(out_val, *arguments)[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a linear layer in bf16 on a CPU (`lungssl_ops.transformer`)
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
 
 
 def _convolution_backward(grad: torch.Size, x: torch.Size, weight: torch.Size, *arguments: Any, **_: Any) -> int:

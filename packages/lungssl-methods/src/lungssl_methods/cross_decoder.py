@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float
-from lungssl_backbones.attention import attend
+from lungssl_ops.transformer import attend
 from torch import Tensor, nn
 
 ALIGNED_GAIN = 2.0

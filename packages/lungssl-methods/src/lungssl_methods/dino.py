@@ -194,9 +194,10 @@ class Dino(nn.Module):
         views = batch.global_views()
         measured = measured_views(views)
         mask = self._mask(views) if config.patch_weight > 0 else None
-        student = encode_views(self.encoder, batch.views, mask=mask)
+        wants = self.wants_tokens()
+        student = encode_views(self.encoder, batch.views, mask=mask, tokens=wants)
         with torch.no_grad():
-            teacher = encode_views(self.teacher_encoder, views)
+            teacher = encode_views(self.teacher_encoder, views, tokens=wants)
         embeddings = torch.stack([one.embedding() for one in student])
         distil: Distil = {
             "student_temperature": config.student_temperature,
@@ -261,6 +262,10 @@ class Dino(nn.Module):
     def heads(self) -> list[Distillation]:
         """All pairs of heads, whose teachers and centres move after the optimizer's step."""
         return [self.summary] if self.patches is None else [self.summary, self.patches]
+
+    def wants_tokens(self) -> bool:
+        """Whether any term of the loss reads more of an encoder than its summaries."""
+        return self.patches is not None or self.anchor is not None
 
     def more_terms(
         self, batch: PairBatch, student: list[Features], teacher: list[Features], distil: Distil
@@ -346,20 +351,35 @@ def _auto_centering(run: RunSize) -> Auto:
 
 
 def encode_views(
-    encoder: nn.Module, views: tuple[View, ...], *, mask: Bool[Tensor, "g n"] | None = None
+    encoder: nn.Module, views: tuple[View, ...], *, mask: Bool[Tensor, "g n"] | None = None, tokens: bool = True
 ) -> list[Features]:
-    """Features of each view, in their order; views of one size share a forward. `mask` hides tokens of global ones."""
+    """Features of each view, in their order; views of one size share a forward, and of all sizes where the encoder
+    takes those. `mask` hides tokens of global ones.
+
+    Without `tokens` only summaries are made where the encoder can leave out the rest: the same ones, at less cost.
+    """
+    wanted = {} if tokens or not getattr(encoder, "supports_summary_only", False) else {"summary_only": True}
     sizes: dict[tuple[str, torch.Size], list[int]] = {}
     for index, view in enumerate(views):
         kind = view.kind if mask is not None else "any"
         sizes.setdefault((kind, view.image.shape), []).append(index)
+    images = [torch.cat([views[i].image for i in indices]) for indices in sizes.values()]
+    if mask is None and len(images) > 1 and getattr(encoder, "supports_sizes", False):
+        encoded = encoder(images, **wanted)
+    else:
+        encoded = [
+            encoder(image, mask=mask, **wanted) if kind == "global" else encoder(image, **wanted)
+            for (kind, _), image in zip(sizes, images, strict=True)
+        ]
     found: dict[int, Features] = {}
-    for (kind, _), indices in sizes.items():
-        image = torch.cat([views[i].image for i in indices])
-        features = encoder(image, mask=mask) if kind == "global" else encoder(image)
-        for i, part in zip(indices, split_features(features, len(indices)), strict=True):
-            found[i] = part
+    for features, indices in zip(encoded, sizes.values(), strict=True):
+        found |= dict(zip(indices, split_features(features, len(indices)), strict=True))
     return [found[index] for index in range(len(views))]
+
+
+def summaries(encoder: nn.Module, views: tuple[View, ...]) -> Float[Tensor, "v b d"]:
+    """The embedding of each view."""
+    return torch.stack([one.embedding() for one in encode_views(encoder, views, tokens=False)])
 
 
 def split_features(features: Features, count: int) -> list[Features]:

@@ -96,6 +96,10 @@ class PhaseDino(Dino):
         """With the dense term's."""
         return super().heads() if self.dense is None else [*super().heads(), self.dense]
 
+    def wants_tokens(self) -> bool:
+        """They are matched across phases, and the auxiliary losses read them."""
+        return True
+
     def more_terms(
         self, batch: PairBatch, student: list[Features], teacher: list[Features], distil: Distil
     ) -> dict[str, tuple[float, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.choices import check_choices
 from lungssl_methods.contrast import chance_nats, nt_xent
-from lungssl_methods.dino import encode_views
+from lungssl_methods.dino import summaries
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, measured_views, policy_weights, slot_pair_weight
 from lungssl_methods.projector import Projector
@@ -79,7 +79,7 @@ class SimClr(nn.Module):
         `negatives` is their number: a batch of one patient has none, and then a loss of 0. `embedding_std` is the
         spread of the encoder's embeddings: 1 all over the sphere, 0 collapsed. `step` changes nothing.
         """
-        embeddings = torch.stack([one.embedding() for one in encode_views(self.encoder, batch.global_views())])
+        embeddings = summaries(self.encoder, batch.global_views())
         # Before the projector, whose norms then see the rows of all ranks.
         projected = self.projector(self.gather.rows(embeddings.transpose(0, 1)).transpose(0, 1))
         patient = self.gather.rows(batch.patient)

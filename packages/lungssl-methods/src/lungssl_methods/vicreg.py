@@ -9,14 +9,13 @@ them. Without negatives, other scans of a patient need no exception.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
 
 from lungssl_methods.auto import BaseRate
 from lungssl_methods.choices import check_choices
-from lungssl_methods.dino import encode_views
+from lungssl_methods.dino import summaries
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder
 from lungssl_methods.pairing import PairPolicy, policy_weights
 from lungssl_methods.projector import Projector
@@ -85,7 +84,7 @@ class VicReg(nn.Module):
                 f"vicreg needs at least 2 samples in each forward for its statistics, got {samples}; "
                 f"raise the batch, and drop a last batch that is smaller"
             )
-        embeddings = torch.stack([one.embedding() for one in encode_views(self.encoder, batch.global_views())])
+        embeddings = summaries(self.encoder, batch.global_views())
         # Before the projector, whose norms then see the rows of all ranks.
         projected = self.projector(self.gather.rows(embeddings.transpose(0, 1)).transpose(0, 1))
         # A start of 0 that hangs on the graph: where no pair counts, every parameter still gets a gradient.

@@ -11,7 +11,8 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -33,6 +34,8 @@ OPS = (
     "mind_ssc",
     "mind_ssc_with_gradient",
     "prototype_ce",
+    "residual_attention",
+    "residual_mlp",
     "view_coords_mm",
     "warp",
     "warp_terms",
@@ -122,6 +125,21 @@ class Dispatch:
 
 
 _KNOWN: dict[str, Dispatch] = {}
+
+
+@contextmanager
+def forced(**backends: Backend) -> Iterator[None]:
+    """Inside, LUNGSSL_OPS names these backends too: `with forced(lncc="reference"): ...`. Of the whole process."""
+    before = os.environ.get("LUNGSSL_OPS")
+    words = [*([before] if before else []), *(f"{op}={backend}" for op, backend in backends.items())]
+    os.environ["LUNGSSL_OPS"] = ",".join(words)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LUNGSSL_OPS"]
+        else:
+            os.environ["LUNGSSL_OPS"] = before
 
 
 def _choose(name: str, backend: str, facts: _Facts) -> str:

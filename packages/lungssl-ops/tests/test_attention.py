@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lungssl_backbones.attention import LONGEST, attend
+from lungssl_ops.transformer.attention import LONGEST, attend
 
 
 @pytest.mark.parametrize("tokens", [1, 7, LONGEST + 1])
