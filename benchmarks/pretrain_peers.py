@@ -14,6 +14,7 @@ head, matched places of the two phases. All that is to the peer's advantage.
 """
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from lungssl_data.batch import HU_WINDOW, PHASES
 from lungssl_data.cache import PairCache
 from lungssl_data.views import ViewConfig
 from lungssl_methods.mae import Mae, sincos_positions
+from lungssl_ops.dispatch import forced
 from lungssl_ops.patches import patchify
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
@@ -51,6 +53,11 @@ def cohort_arrays(cache: PairCache, patients: list[str]) -> list[dict[str, Any]]
 def make_peer(method: str, recipe: Recipe, arrays: list[dict[str, Any]], *, workers: int) -> "Peer":
     """The peer of our `dino` or `mae` with this recipe's sizes."""
     return {"dino": PeerDino, "mae": PeerMae}[method](recipe, arrays, workers=workers)
+
+
+def plain_layers() -> AbstractContextManager[None]:
+    """Our backbone's transformer layers as plain PyTorch: by their definitions."""
+    return forced(residual_attention="reference", residual_mlp="reference")
 
 
 class TwoPhaseViews:
@@ -163,6 +170,10 @@ class Peer:
 
     def step(self) -> None:
         """One step, data included."""
+        with plain_layers():
+            self._step()
+
+    def _step(self) -> None:
         views = next(self.loader)
         self.before_backward()
         with autocast(torch.device("cpu"), self.recipe.train.precision):
@@ -178,7 +189,7 @@ class Peer:
     def flops(self) -> int:
         """Of forward and backward."""
         views = next(self.loader)
-        with FlopCounterMode(display=False) as counter:
+        with plain_layers(), FlopCounterMode(display=False) as counter:
             with autocast(torch.device("cpu"), self.recipe.train.precision):
                 loss = self.loss(views)
             loss.backward()
