@@ -1,13 +1,22 @@
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lungssl_ops import patches
-from lungssl_ops.dispatch import compiled_problem
+from lungssl_ops.dispatch import Backend, compiled_problem
 from lungssl_ops.patches import embed_patches, masked_patch_mse, patchify, unpatchify
 from lungssl_ops.patches.reference import masked_patch_mse_reference
 from torch import Tensor
+
+_THREE = torch.zeros(1, 2, 3)
+BACKENDS = [
+    backend
+    for backend in patches._masked_patch_mse.available(_THREE, _THREE, _THREE, _THREE)
+    if backend != "compiled"  # it has a test of its own
+]
 
 
 def test_voxels_are_where_the_docstring_says() -> None:
@@ -119,9 +128,50 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert loss.item() == pytest.approx(masked_patch_mse(pred.double(), target.double(), mask, weight).item(), rel=1e-5)
 
 
-def test_an_empty_mask_gives_nan() -> None:
-    nothing = torch.zeros(1, 2, dtype=torch.bool)
-    assert torch.isnan(masked_patch_mse(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), nothing, torch.ones(1, 2, 3)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_mask_gives_nan(backend: Backend) -> None:
+    nothing, three = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, 3)
+    assert torch.isnan(masked_patch_mse(torch.zeros(1, 2, 3), three, nothing, three, backend=backend))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+@pytest.mark.parametrize("norm", ["patch", "none"])
+@pytest.mark.parametrize(("p", "dtype"), [(1, torch.float32), (33, torch.float32), (512, torch.bfloat16)])
+def test_fast_paths_are_the_definition(
+    backend: Backend, norm: Literal["patch", "none"], p: int, dtype: torch.dtype
+) -> None:
+    target, weight = 0.3 + 0.1 * torch.randn(3, 7, p), torch.rand(3, 7, p) * (torch.rand(3, 7, p) > 0.3)
+    target[0, 0], weight[0, 1] = 0.5, 0.0  # a flat patch, and one of padding alone
+    mask = torch.rand(3, 7) < 0.6
+    mask[0, :2] = True
+    pred = torch.randn(7, 3, p).to(dtype).transpose(0, 1).requires_grad_()
+    exact = pred.detach().double().requires_grad_()
+    loss = masked_patch_mse(pred, target, mask, weight, norm=norm, variance_floor=1e-4, backend=backend)
+    expected = masked_patch_mse(
+        exact, target.double(), mask, weight.double(), norm=norm, variance_floor=1e-4, backend="reference"
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (gradient,), (exact_gradient,) = torch.autograd.grad(3 * loss, pred), torch.autograd.grad(3 * expected, exact)
+    assert gradient.dtype == dtype
+    assert (gradient - exact_gradient).norm() < (1e-6 if dtype == torch.float32 else 5e-3) * exact_gradient.norm()
+    with torch.no_grad():
+        assert torch.equal(
+            masked_patch_mse(pred, target, mask, weight, norm=norm, variance_floor=1e-4, backend=backend), loss
+        )
+
+
+def test_targets_with_gradients_and_of_half_precision_are_left_to_the_definition() -> None:
+    pred, mask, weight = (
+        torch.randn(1, 2, 3, requires_grad=True),
+        torch.ones(1, 2, dtype=torch.bool),
+        torch.rand(1, 2, 3),
+    )
+    target = torch.randn(1, 2, 3, requires_grad=True)
+    masked_patch_mse(pred, target, mask, weight).backward()
+    assert target.grad is not None and target.grad.abs().max() > 0
+    assert masked_patch_mse(pred, target.detach().bfloat16(), mask, weight).isfinite()
+    with pytest.raises(RuntimeError, match="masked_patch_mse has no backend 'cpp'"):
+        masked_patch_mse(pred, target, mask, weight, backend="cpp")
 
 
 needs_inductor = pytest.mark.skipif(bool(compiled_problem()), reason=compiled_problem())
@@ -143,7 +193,7 @@ def test_the_compiled_error_is_the_definition_s() -> None:
 def test_on_a_cpu_the_definition_runs_unless_the_compiled_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUNGSSL_OPS", raising=False)
     three, mask = torch.rand(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
-    assert patches._masked_patch_mse(three, three, mask, three) is masked_patch_mse_reference
+    assert patches._with_other_gradients(three, three, mask, three) is masked_patch_mse_reference
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match=r"can't run: .*torch.compile needs a C\+\+ compiler"):

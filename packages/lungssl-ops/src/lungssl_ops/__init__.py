@@ -8,6 +8,7 @@ lungssl_ops.warp           warping with Jacobian and regularisers, composition, 
 lungssl_ops.mind           MIND-SSC descriptors
 lungssl_ops.cost_volume    feature cost volume and coupled-convex step
 lungssl_ops.patches        patchify, patch embedding, masked patch-normalised squared error
+lungssl_ops.transformer    attention and MLP of a pre-norm transformer layer, crops of several sizes together
 lungssl_ops.ema            moving average of a parameter list
 lungssl_ops.bench          timings of the above beside their rivals
 lungssl_ops.gate           compiles the Triton kernels for GPUs that are not here

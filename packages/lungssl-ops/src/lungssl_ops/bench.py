@@ -20,7 +20,18 @@ import torch
 from lungssl_ops.bench_tables import markdown_table, write_block
 from lungssl_ops.measure import Case, bandwidth, commit, flops_per_s, machine, peak_mb, timings
 
-OPS = ("multicrop_ce", "prototype_ce", "ct_views", "lncc", "warp", "mind", "cost_volume", "patches", "ema")
+OPS = (
+    "multicrop_ce",
+    "prototype_ce",
+    "ct_views",
+    "lncc",
+    "warp",
+    "mind",
+    "cost_volume",
+    "patches",
+    "transformer",
+    "ema",
+)
 """Folders whose `bench.py` has `cases(quick=, device=, compiled=)`."""
 TOLERANCE = 1e-5
 """Of float32 against the definition in float64 (`ops.md` section 3), unless a case says otherwise."""

@@ -1,24 +1,37 @@
-"""Patch layout, patch embedding, masked patch error. No kernel of ours: `torch.compile` comes near the floor."""
+"""Patch layout, patch embedding, masked patch error; on a GPU `torch.compile` of the error comes near the floor."""
 
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lungssl_ops.cpp import cpp_problem
 from lungssl_ops.dispatch import Backend, Dispatch, Implementation, compiled_problem
 from lungssl_ops.patches.reference import patchify, unpatchify
 
 __all__ = ["embed_patches", "masked_patch_mse", "patchify", "unpatchify"]
 
+SOURCE = Path(__file__).with_name("patches.cpp")
 _COMPILED = "lungssl_ops.patches.compiled:masked_patch_mse_compiled"
-_masked_patch_mse = Dispatch(
-    "masked_patch_mse",
+_for_any = (
     Implementation(backend="compiled", function=_COMPILED, devices=("cuda",), problem=compiled_problem),
     Implementation(backend="reference", function="lungssl_ops.patches.reference:masked_patch_mse_reference"),
     # After the reference: on a CPU only where it is asked for.
     Implementation(backend="compiled", function=_COMPILED, devices=("cpu",), problem=compiled_problem),
 )
+_cpp = Implementation(
+    backend="cpp",
+    function="lungssl_ops.patches.cpu:masked_patch_mse_cpp",
+    devices=("cpu",),
+    dtypes=(torch.float32, torch.bfloat16),
+    problem=partial(cpp_problem, SOURCE),
+)
+_masked_patch_mse = Dispatch("masked_patch_mse", _cpp, *_for_any)
+_with_other_gradients = Dispatch("masked_patch_mse", *_for_any)
 
 
 def masked_patch_mse(
@@ -42,15 +55,15 @@ def masked_patch_mse(
     that don't count must still be finite, as 0 times NaN is NaN. Half precision is computed in float32. Gradients go
     to `pred`, `target_patches` and `weight`.
 
-    `backend`: "compiled" is `torch.compile` of "reference", 4 to 7 times faster on a CPU with a seventh of its memory,
-    but its first call took 9 s and the first one at another size 3 s more (one thread of a shared EPYC, 13,824 patches
-    of 512). "auto" takes it on GPUs; on a CPU, where a run may be over by then, ask for it, or set
-    LUNGSSL_OPS=masked_patch_mse=compiled. Raises RuntimeError where a backend that is asked for can't run, and
-    ValueError for an unknown norm.
+    `backend`: "auto" is C++ on a CPU, for targets and weights of float32 that want no gradient, and `torch.compile` of
+    the definition on a GPU, whose first call takes seconds. Raises RuntimeError where a backend that is asked for can't
+    run, and ValueError for an unknown norm.
     """
     if norm not in ("patch", "none"):
         raise ValueError(f"masked_patch_mse: norm {norm!r} is unknown; known are 'patch' and 'none'")
-    implementation = _masked_patch_mse(pred, target_patches, mask, weight, backend=backend)
+    plain = all(one.dtype == torch.float32 and not one.requires_grad for one in (target_patches, weight))
+    dispatch = _masked_patch_mse if plain else _with_other_gradients
+    implementation = dispatch(pred, target_patches, mask, weight, backend=backend)
     return implementation(pred, target_patches, mask, weight, norm=norm, variance_floor=variance_floor)
 
 

@@ -38,9 +38,13 @@ def _error(b: int, n: int, p: int, device: str, *, compiled: bool) -> Case:
         loss = masked_patch_mse(exact, target.double(), mask, weight.double(), backend="reference")
         return torch.autograd.grad(loss, exact)[0]
 
-    runs = {"reference": run(partial(masked_patch_mse, backend="reference")), "mae_repository": run(eager)}
+    runs = {
+        "ours": run(masked_patch_mse),
+        "reference": run(partial(masked_patch_mse, backend="reference")),
+        "mae_repository": run(eager),
+    }
     if compiled:
-        runs["ours"] = run(partial(masked_patch_mse, backend="compiled"))
+        runs["compile"] = run(partial(masked_patch_mse, backend="compiled"))
     # Forward and backward read prediction, target and weight of masked rows; backward writes the whole gradient.
     floor = 4 * p * (6 * int(mask.sum()) + b * n)
     return Case(op="masked_patch_mse", size=f"B{b}_N{n}_P{p}", floor_bytes=floor, runs=runs, expected=expected)
