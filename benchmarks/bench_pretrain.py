@@ -90,7 +90,7 @@ class Ours:
     def flops(self) -> int:
         """Of forward and backward, in whole numbers whatever the precision."""
         batch = self.parts.prepare(self.parts.read(0), 0)
-        with autocast(self.parts.device, self.config.precision):
+        with autocast(self.parts.device, self.config.precision, self.parts.method):
             counted = counted_flops(self.parts.method, batch)
         self.parts.method.zero_grad(set_to_none=True)
         for module in self.parts.method.modules():
@@ -260,7 +260,7 @@ def _row(seconds: list[float], batch: int) -> dict[str, Any]:
 
 
 def _bf16(parts: Pretraining) -> bool:
-    with autocast(parts.device, parts.recipe.train.precision):
+    with autocast(parts.device, parts.recipe.train.precision, parts.method):
         return torch.is_autocast_enabled("cpu")
 
 

@@ -176,7 +176,7 @@ class Peer:
     def _step(self) -> None:
         views = next(self.loader)
         self.before_backward()
-        with autocast(torch.device("cpu"), self.recipe.train.precision):
+        with autocast(torch.device("cpu"), self.recipe.train.precision, self.backbone):
             loss = self.loss(views)
         loss.backward()
         self.after_backward()
@@ -190,7 +190,7 @@ class Peer:
         """Of forward and backward."""
         views = next(self.loader)
         with plain_layers(), FlopCounterMode(display=False) as counter:
-            with autocast(torch.device("cpu"), self.recipe.train.precision):
+            with autocast(torch.device("cpu"), self.recipe.train.precision, self.backbone):
                 loss = self.loss(views)
             loss.backward()
         self.optimizer.zero_grad()

@@ -82,7 +82,7 @@ class Finetuning:
     def evaluate(self, step: int) -> dict[str, float]:
         """Mean figures over the central, undisturbed views of the held-out crops."""
         self.task.eval()
-        with torch.no_grad(), autocast(self.device, self.recipe.train.precision):
+        with torch.no_grad(), autocast(self.device, self.recipe.train.precision, self.task):
             outputs = [self.task(self.sampler.plain(crops.to(self.device)), step).metrics for crops in self.held_out]
         return {name: float(np.mean([float(output[name]) for output in outputs])) for name in outputs[0]}
 

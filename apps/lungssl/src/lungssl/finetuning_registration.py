@@ -53,7 +53,7 @@ class PairFinetuning:
     def evaluate(self, step: int) -> dict[str, float]:
         """Mean figures over the held-out pairs, each over those that have it."""
         self.task.eval()
-        with torch.no_grad(), autocast(self.device, self.recipe.train.precision):
+        with torch.no_grad(), autocast(self.device, self.recipe.train.precision, self.task):
             each = [self.task([pair.to(self.device)], step).metrics for pair in self.held_out]
         names = dict.fromkeys(name for metrics in each for name in metrics)
         return {name: float(np.mean([float(metrics[name]) for metrics in each if name in metrics])) for name in names}

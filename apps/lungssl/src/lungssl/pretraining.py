@@ -82,7 +82,7 @@ class Pretraining:
         if is_sharded(self.method):  # passes need all ranks: who has no batch left repeats the last one
             rounds = range(self.ranks.rank, len(self.held_out) + self.ranks.rank, self.ranks.size)
             indices = [min(index, len(self.held_out) - 1) for index in rounds]
-        with torch.no_grad(), autocast(self.device, self.recipe.train.precision), alone:
+        with torch.no_grad(), autocast(self.device, self.recipe.train.precision, self.method), alone:
             for index in indices:
                 seed = micro_seed(_HELD_OUT, index)
                 torch.manual_seed(seed)
@@ -108,7 +108,7 @@ class Pretraining:
 
         def started() -> ProbeSet:
             assert begun is not None
-            with autocast(self.device, precision):
+            with autocast(self.device, precision, begun):
                 return ProbeSet([self.sampler.plain(crops.to(self.device)) for crops in self.probed], begun)
 
         probe = started() if self.ranks.first else None
@@ -118,7 +118,7 @@ class Pretraining:
 
             def judged() -> dict[str, float]:
                 assert probe is not None and encoder is not None  # on the first rank
-                with autocast(self.device, precision):
+                with autocast(self.device, precision, encoder):
                     return probe.figures(encoder)
 
             return self.ranks.from_first(judged)
@@ -454,7 +454,7 @@ def _budget_lines(parts: Pretraining) -> list[str]:
     from lungssl_methods.budget import step_budget
 
     train = parts.recipe.train
-    with autocast(parts.device, train.precision):
+    with autocast(parts.device, train.precision, parts.method):
         one = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=train.steps - 1)
     teacher = f" and {one.images_teacher} of its teacher" if one.images_teacher else ""
     through = f"{one.images_student} crops of the encoder{teacher}, {one.tokens_student + one.tokens_teacher:,} tokens"

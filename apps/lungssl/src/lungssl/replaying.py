@@ -34,7 +34,7 @@ def replay(recipe: Recipe, kept: Path, *, data: Path, device: str = "auto") -> s
     for index in range(found.step * train.accumulate, found.index + 1):
         torch.manual_seed(micro_seed(parts.recipe.seed, index))
         views = parts.prepare(parts.read(index), index)
-        with autocast(parts.device, train.precision):
+        with autocast(parts.device, train.precision, method):
             output = method(views, found.step)
         lines.append(f"micro-batch {index}: loss {float(output.loss.detach()):.6g}")
         for view in views.views:

@@ -59,7 +59,7 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
     if seen:
         raise ConfigError(f"arm {run.arm} would be pretrained on {len(seen)} test patients, e.g. {min(seen)}")
     train = parts.recipe.train
-    with autocast(parts.device, train.precision):
+    with autocast(parts.device, train.precision, parts.method):
         one = step_budget(parts.method, parts.prepare(parts.read(0), 0), step=train.steps - 1)
     micro_steps = train.steps * train.accumulate
     where, registration_s = "", 0.0

@@ -34,7 +34,7 @@ class TrainConfig:
     clip: float = 3.0
     """Largest global gradient norm; 0 is off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 autocast on GPUs and on CPUs with AMX or AVX-512's bf16, else fp32."""
+    """`auto`: bf16 autocast on GPUs, on CPUs with AMX and, without convolutions, with AVX-512's bf16; else fp32."""
     compile: bool = False
     """Whether to `torch.compile` the encoder: minutes at the start, faster steps on a GPU."""
     shard: Literal["none", "full"] = "none"

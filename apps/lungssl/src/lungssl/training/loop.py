@@ -333,7 +333,7 @@ def train_step(
         last = index == (step + 1) * config.accumulate - 1
         wait = isinstance(replica, DistributedDataParallel) and not last
         with replica.no_sync() if wait else nullcontext():  # pyright: ignore[reportCallIssue]
-            with part("forward"), autocast(device, config.precision):
+            with part("forward"), autocast(device, config.precision, module):
                 output: StepOutput = replica(inputs, step)
             with part("figures"):
                 figures = {name: float(v) for name, v in output.metrics.items()} | {"loss": float(output.loss.detach())}

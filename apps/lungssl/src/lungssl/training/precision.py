@@ -1,8 +1,10 @@
 """Device and number format of a run."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from lungssl.errors import ConfigError
 
@@ -26,12 +28,39 @@ def cpu_bf16() -> str:
 
     Forward and backward of `vit3d_s` (4 x 48 x 48 x 48) on two EPYC cores with AVX-512's: 0.25 s, 0.69 s in float32.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found = _capabilities()
     return "AMX" if found.get("amx_bf16", False) else "AVX-512" if found.get("avx512_bf16", False) else ""
 
 
-def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> torch.autocast:
-    """bf16 autocast where asked for or, with `auto`, where it is faster: other CPUs emulate it."""
+def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"], module: nn.Module) -> torch.autocast:
+    """bf16 autocast for `module` where asked for or, with `auto`, where it is faster: other CPUs emulate it.
+
+    Convolutions are another matter: on CPUs with AVX-512 and without AMX the gradient of a 3-D kernel's weight is wrong
+    in bf16 where maps are two voxels deep (3 x 3 x 3; infinite, or off by its own size), or small beside a larger
+    kernel, and bf16 is no faster there (resenc_tiny 0.10 s either way). torch 2.15, oneDNN 3.13.3, EPYC.
+    So `auto` is float32 for them; asking for bf16 raises ConfigError.
+    """
+    if device.type == "cpu" and precision != "fp32" and _convolves(module) and _wrong_convolutions():
+        if precision == "bf16":
+            raise ConfigError(
+                "train.precision: bf16 gives wrong gradients of 3-D convolutions on this CPU (AVX-512 without AMX, see "
+                "training/precision.py); take train.precision=auto or fp32"
+            )
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=False)
     fast = device.type == "cuda" or (device.type == "cpu" and cpu_bf16() != "")
     wanted = precision == "bf16" or (precision == "auto" and fast)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def _wrong_convolutions() -> bool:
+    """Whether the CPU is of the kind on which bf16 convolutions have wrong gradients."""
+    found = _capabilities()
+    return bool(found.get("avx512_f", False)) and not found.get("amx_bf16", False)
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(part, _ConvNd) for part in module.modules())
+
+
+def _capabilities() -> dict[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()
