@@ -6,7 +6,8 @@ views of one size share a forward (the examples loop over views); the whole coho
 off; DINO's loss has lightly's `DINOLoss`, head and `update_momentum` (torch's foreach), MAE decodes and predicts as in
 lightly's example, the loss on hidden tokens alone. Workers persist and hold two batches ready each.
 
-The backbone is ours on both sides, so that what we made faster in it is no advantage; AdamW is fused on both.
+The backbone is ours on both sides, its layers by their definitions: plain PyTorch, with attention by products, which is
+faster on CPUs than torch's fused one. With `plain=False` they run as ours do. AdamW is fused on both sides.
 
 What ours does and the peer doesn't: elastic deformation (MONAI's smooths a whole field), masks of what was measured and
 of the lung at each view's place and their weights in the loss, positions of voxels, standardised embeddings in the
@@ -50,14 +51,9 @@ def cohort_arrays(cache: PairCache, patients: list[str]) -> list[dict[str, Any]]
     ]
 
 
-def make_peer(method: str, recipe: Recipe, arrays: list[dict[str, Any]], *, workers: int) -> "Peer":
-    """The peer of our `dino` or `mae` with this recipe's sizes."""
-    return {"dino": PeerDino, "mae": PeerMae}[method](recipe, arrays, workers=workers)
-
-
-def plain_layers() -> AbstractContextManager[None]:
-    """Our backbone's transformer layers as plain PyTorch: by their definitions."""
-    return forced(residual_attention="reference", residual_mlp="reference")
+def make_peer(method: str, recipe: Recipe, arrays: list[dict[str, Any]], *, workers: int, plain: bool = True) -> "Peer":
+    """The peer of our `dino` or `mae` with this recipe's sizes; `plain`: transformer layers in plain PyTorch."""
+    return {"dino": PeerDino, "mae": PeerMae}[method](recipe, arrays, workers=workers, plain=plain)
 
 
 class TwoPhaseViews:
@@ -122,10 +118,10 @@ def collate(samples: list[list[Tensor]]) -> list[Tensor]:
 class Peer:
     """What both have in common: loader, optimizer, one step."""
 
-    def __init__(self, recipe: Recipe, arrays: list[dict[str, Any]], *, workers: int) -> None:
+    def __init__(self, recipe: Recipe, arrays: list[dict[str, Any]], *, workers: int, plain: bool) -> None:
         from monai.data.dataset import CacheDataset
 
-        self.recipe = recipe
+        self.recipe, self.plain = recipe, plain
         train = recipe.train
         self.prefetched = 2 * workers
         dataset = CacheDataset(
@@ -170,8 +166,13 @@ class Peer:
 
     def step(self) -> None:
         """One step, data included."""
-        with plain_layers():
+        with self._layers():
             self._step()
+
+    def _layers(self) -> AbstractContextManager[None]:
+        """Our backbone's transformer layers by their definitions, or as ours run."""
+        by = {"residual_attention": "reference", "residual_mlp": "reference"} if self.plain else {}
+        return forced(**by)  # pyright: ignore[reportArgumentType]
 
     def _step(self) -> None:
         views = next(self.loader)
@@ -189,7 +190,7 @@ class Peer:
     def flops(self) -> int:
         """Of forward and backward."""
         views = next(self.loader)
-        with plain_layers(), FlopCounterMode(display=False) as counter:
+        with self._layers(), FlopCounterMode(display=False) as counter:
             with autocast(torch.device("cpu"), self.recipe.train.precision, self.backbone):
                 loss = self.loss(views)
             loss.backward()

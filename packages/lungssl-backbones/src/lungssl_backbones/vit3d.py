@@ -168,7 +168,11 @@ class Vit3d(nn.Module):
         """Tokens of crops as the first block takes them, and how they turn."""
         z, y, x_vox = x.shape[2:]
         grid = token_grid((z, y, x_vox), self.token_stride_vox)
-        tokens = self.patch_embed(_patches(x, grid))
+        patches = _patches(x, grid)
+        if keep is not None:  # before they cost anything
+            patches = take_tokens(patches, keep)
+            mask = None if mask is None else mask.gather(1, keep)
+        tokens = self.patch_embed(patches)
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         centres_mm = token_centres_mm(
@@ -180,7 +184,6 @@ class Vit3d(nn.Module):
         )
         if keep is not None:
             centres_mm = take_tokens(centres_mm.expand(x.shape[0], -1, -1), keep)
-            tokens = take_tokens(tokens, keep)
         extra = torch.cat([self.cls_token, self.register_tokens], dim=1).to(tokens.dtype)
         if self.config.position == "sincos":
             tokens = tokens + self._waves(centres_mm).to(tokens.dtype)

@@ -78,6 +78,26 @@ def mae_loss(
     return masked_patch_mse(pred, target, mask, weight, norm=norm, variance_floor=variance_floor)
 
 
+def mae_loss_and_ratio(
+    pred: Float[Tensor, "b n p"],
+    image: Float[Tensor, "b 1 z y x"],
+    mask: Bool[Tensor, "b n"],
+    voxel_weight: Float[Tensor, "b z y x"],
+    *,
+    patch_vox: int,
+    norm: Literal["patch", "none"] = "patch",
+    variance_floor: float = (20 / 1400) ** 2,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """`mae_loss`, and its ratio to that of predicting 0: 1 where nothing is learned."""
+    patch = (patch_vox, patch_vox, patch_vox)
+    target, weight = patchify(image, patch), patchify(voxel_weight[:, None], patch)
+    loss, zero_loss = (
+        masked_patch_mse(guess, target, mask, weight, norm=norm, variance_floor=variance_floor)
+        for guess in (pred, torch.zeros_like(pred))
+    )
+    return loss, ratio_to_still(loss, zero_loss)
+
+
 def ratio_to_still(loss: Float[Tensor, ""], still: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """`loss` over that of predicting no change, without gradient; 1 where that is 0 and nothing was there to learn.
 

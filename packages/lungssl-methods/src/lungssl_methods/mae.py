@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32
 from lungssl_backbones.encoder import token_grid
 from lungssl_data.batch import PairBatch, StepOutput
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from lungssl_methods.hidden_views import (
     lung_weight,
     stacked_images,
 )
-from lungssl_methods.losses import mae_loss, ratio_to_still
+from lungssl_methods.losses import mae_loss_and_ratio
 from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, rank_part
 
@@ -114,10 +114,15 @@ class Mae(nn.Module):
         mask = host_mask.to(image.device)
         z, y, x = image.shape[2:]
         pred = self._decode(self.visible(self.encoder, image, host_mask), token_grid((z, y, x), self.patch_vox))
-        loss = self._loss(pred, image, mask, weight)
-        with torch.no_grad():
-            zero_loss = self._loss(torch.zeros_like(pred), image, mask, weight)
-        still = ratio_to_still(loss, zero_loss)
+        loss, still = mae_loss_and_ratio(
+            pred,
+            image,
+            mask,
+            weight,
+            patch_vox=self.patch_vox,
+            norm=self.config.norm,
+            variance_floor=self.config.variance_floor,
+        )
         loss = rank_part(loss, hidden_weight(weight, mask, self.patch_vox), self.gather)
         metrics = {
             "loss": loss.detach(),
@@ -138,23 +143,6 @@ class Mae(nn.Module):
         for block in self.decoder:
             tokens = block(tokens)
         return self.predict(tokens)
-
-    def _loss(
-        self,
-        pred: Float[Tensor, "b n p"],
-        image: Float[Tensor, "b 1 z y x"],
-        mask: Bool[Tensor, "b n"],
-        weight: Float[Tensor, "b z y x"],
-    ) -> Float[Tensor, ""]:
-        return mae_loss(
-            pred,
-            image,
-            mask,
-            weight,
-            patch_vox=self.patch_vox,
-            norm=self.config.norm,
-            variance_floor=self.config.variance_floor,
-        )
 
 
 def sincos_positions(grid: tuple[int, int, int], width: int) -> Float32[Tensor, "n width"]:

@@ -25,7 +25,7 @@ from lungssl_methods.hidden_views import (
     lung_weight,
     stacked_images,
 )
-from lungssl_methods.losses import mae_loss, ratio_to_still
+from lungssl_methods.losses import mae_loss_and_ratio
 from lungssl_methods.masking import MASK_WIDTH_VOX
 from lungssl_methods.method import Gather, LocalGather, ViewCounts, checked_encoder, rank_part
 from lungssl_methods.sparse import check_sparse, hidden_from, widen
@@ -109,10 +109,14 @@ class Spark(nn.Module):
         with hidden_from(self.encoder, hidden):
             pyramid = self.encoder(image * ~widen(hidden, image.shape[2:])).pyramid
         predicted = patchify(self.decoder(pyramid, hidden), (self.patch_vox, self.patch_vox, self.patch_vox))
-        loss = self._loss(predicted, image, mask, weight)
-        with torch.no_grad():
-            zero_loss = self._loss(torch.zeros_like(predicted), image, mask, weight)
-        still = ratio_to_still(loss, zero_loss)
+        loss, still = mae_loss_and_ratio(
+            predicted,
+            image,
+            mask,
+            weight,
+            patch_vox=self.patch_vox,
+            variance_floor=self.config.variance_floor,
+        )
         loss = rank_part(loss, hidden_weight(weight, mask, self.patch_vox), self.gather)
         metrics = {
             "loss": loss.detach(),
@@ -127,16 +131,6 @@ class Spark(nn.Module):
     def export_encoder(self) -> nn.Module:
         """The trained encoder."""
         return self.encoder
-
-    def _loss(
-        self,
-        predicted: Float[Tensor, "b n p"],
-        image: Float[Tensor, "b 1 z y x"],
-        mask: Bool[Tensor, "b n"],
-        weight: Float[Tensor, "b z y x"],
-    ) -> Float[Tensor, ""]:
-        floor = self.config.variance_floor
-        return mae_loss(predicted, image, mask, weight, patch_vox=self.patch_vox, variance_floor=floor)
 
 
 class _Decoder(nn.Module):
