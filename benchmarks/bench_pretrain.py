@@ -175,7 +175,7 @@ def measure(
     name, overrides = RECIPES[method]
     recipe = load_recipe(name, overrides=[*overrides, *(QUICK if quick else [])])
     parts = build_pretraining(recipe, data, device="cpu")
-    batch = parts.recipe.train.batch
+    batch = parts.recipe.train.patients()
     ours = Ours(parts)
     flops = ours.flops()
     sides: dict[str, Side] = {"ours": ours}

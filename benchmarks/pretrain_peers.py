@@ -129,10 +129,10 @@ class Peer:
         )
         loader = torch.utils.data.DataLoader(
             dataset,
-            batch_size=train.batch,
+            batch_size=train.patients(),
             num_workers=workers,
             collate_fn=collate,
-            sampler=RandomSampler(dataset, replacement=True, num_samples=STEPS * train.batch),
+            sampler=RandomSampler(dataset, replacement=True, num_samples=STEPS * train.patients()),
         )
         self.loader = iter(loader)
         self.number = 0

@@ -57,11 +57,12 @@ def _furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def compare(folder: Path, data: Path, cases: list[str]) -> dict[str, Any]:
-    """Two ranks with all weights on each, and with half of each on each."""
+    """Two ranks with all weights on each, and with half of each on each and blocks made again in the backward pass."""
     found = {}
     for case in cases:
         for shard in ("none", "full"):
-            recipe = runs.recipe_of(case, *SAME, f"train.shard={shard}")
+            again = f"train.recompute={str(shard == 'full').lower()}"  # of blocks that are gathered and let go
+            recipe = runs.recipe_of(case, *SAME, f"train.shard={shard}", again)
 
             def train(rank: int, out: Path = folder / f"{case}-{shard}", recipe: Any = recipe) -> None:
                 pretrain(recipe, data=data, out=out)

@@ -23,7 +23,7 @@ def settle(recipe: Recipe, *, patients: int, recorded: Mapping[str, Any] | None 
             raise ConfigError("train.lr: auto is for pretraining; give a number, as in the recipe finetune/segment")
         return recipe, []
     run = RunSize(
-        effective_batch=train.batch * train.accumulate,
+        effective_batch=train.patients() * train.accumulate,
         total_steps=train.steps,
         patients=patients,
         accumulate=train.accumulate,

@@ -30,7 +30,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, "interrupted"
     if _out_of_memory(error):
         return OUT_OF_MEMORY, (
-            f"out of memory ({text[:120]}); lower train.batch (and raise train.accumulate), then data.crop_vox and "
+            f"out of memory ({text[:120]}); lower train.batch (and raise train.accumulate) or let "
+            f"train.batch=auto find it, set train.recompute=true with a transformer, then lower data.crop_vox and "
             f"views.*, then take a smaller backbone"
         )
     if isinstance(error, ConfigError):

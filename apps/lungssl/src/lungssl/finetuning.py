@@ -29,6 +29,7 @@ from lungssl.structures import structures
 from lungssl.training.loop import fit, micro_seed
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
+from lungssl.training.recompute import recompute_blocks
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.step_cost import measure_steps
 
@@ -72,7 +73,7 @@ class Finetuning:
 
     def read(self, index: int) -> CropBatch:
         """Crops of micro-batch `index`."""
-        return self.crops.batch(index, self.recipe.train.batch)
+        return self.crops.batch(index, self.recipe.train.patients())
 
     def prepare(self, crops: CropBatch, index: int) -> PairBatch:
         """Its views on the device; the seed and `index` alone decide them."""
@@ -127,13 +128,15 @@ def build_finetuning(
         raise ConfigError(f"task.name {recipe.task.name!r}: this command is for segment; give its name as TASK")
     recipe, backbone = encoder_of(recipe, encoder, cache)
     check_sizes(recipe, backbone)
+    if recipe.train.recompute:
+        recompute_blocks(backbone)
     patients = usable_patients(cache, recipe.data, "train")
     if labels.patients is not None:
         patients = draw_patients(patients, labels.patients, draw=labels.draw)
     held_out = []
     if usable_patients(cache, recipe.data, "val"):
         judged = PairCrops(cache, recipe.data, split="val", seed=0)  # seed 0: all runs are judged on the same crops
-        held_out = [judged.batch(index, recipe.train.batch) for index in range(recipe.train.eval_batches)]
+        held_out = [judged.batch(index, recipe.train.patients()) for index in range(recipe.train.eval_batches)]
     return Finetuning(
         recipe=recipe,
         task=task.build(backbone, classes).to(where),

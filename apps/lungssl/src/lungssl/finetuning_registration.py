@@ -24,6 +24,7 @@ from lungssl.finetuning import Labels, encoder_of, file_sha256
 from lungssl.training.loop import fit
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
+from lungssl.training.recompute import recompute_blocks
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.step_cost import measure_steps
 
@@ -44,7 +45,7 @@ class PairFinetuning:
 
     def read(self, index: int) -> Sequence[TrainingPair | LesionPair]:
         """Pairs of micro-batch `index`."""
-        return self.pairs.batch(index, self.recipe.train.batch)
+        return self.pairs.batch(index, self.recipe.train.patients())
 
     def prepare(self, batch: Sequence[TrainingPair | LesionPair], index: int) -> Sequence[TrainingPair | LesionPair]:
         """On the device."""
@@ -83,6 +84,8 @@ def build(
     where = pick_device(device)
     config = recipe.task.config
     recipe, backbone = encoder_of(recipe, encoder, cache)
+    if recipe.train.recompute:
+        recompute_blocks(backbone)
     try:
         task = (config.build(backbone, len(LOBE_NAMES)) if name == "joint" else config.build(backbone)).to(where)
     except ValueError as error:

@@ -24,6 +24,7 @@ from lungssl_methods.probe_set import ProbeSet
 from lungssl_methods.ranks import RanksGather
 from torch import nn
 
+from lungssl.auto_batch import settle_batch
 from lungssl.auto_values import settle
 from lungssl.config import Recipe
 from lungssl.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ from lungssl.training.logs import OpenLogs, read_metrics, run_logs
 from lungssl.training.loop import FitResult, fit, micro_seed
 from lungssl.training.precision import autocast
 from lungssl.training.ranks import ALONE, Ranks, check_alone, joined
+from lungssl.training.recompute import recompute_blocks
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.sharding import blocks_of, check_shardable, is_sharded, let_go, sharded, whole_encoder
 from lungssl.training.step_cost import measure_steps
@@ -65,7 +67,7 @@ class Pretraining:
     def read(self, index: int) -> CropBatch:
         """This rank's crops of micro-batch `index`."""
         size = self.ranks.size
-        return self.crops.batch(index * size + self.ranks.rank, self.recipe.train.batch // size)
+        return self.crops.batch(index * size + self.ranks.rank, self.recipe.train.patients() // size)
 
     def prepare(self, crops: CropBatch, index: int) -> PairBatch:
         """Its views on the device; the seed and `index` alone decide them."""
@@ -134,7 +136,9 @@ class Pretraining:
         """One line: patients, batch, parameters, device."""
         train = self.recipe.train
         trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
-        together = f"{train.batch} x {train.accumulate} accumulated" if train.accumulate > 1 else f"{train.batch}"
+        together = (
+            f"{train.patients()} x {train.accumulate} accumulated" if train.accumulate > 1 else f"{train.patients()}"
+        )
         held_out = len({int(p) for crops in self.held_out for p in crops.patient})
         return (
             f"{len(self.crops)} training patients, {held_out} held out ({self.held_out_split}); {together} a step; "
@@ -158,17 +162,28 @@ def build_pretraining(
     `ranks`: among which the batch is shared out.
     """
     where = ranks.device(device)
-    if recipe.train.batch % ranks.size:
-        near = max(1, round(recipe.train.batch / ranks.size)) * ranks.size
-        raise ConfigError(
-            f"train.batch: {recipe.train.batch} patients don't share out among {ranks.size} ranks; take {near}, or "
-            f"another number of processes"
-        )
     cache = PairCache(data)
-    recipe = at_spacing(recipe, cache_spacing_mm(cache))
     patients = len(usable_patients(cache, recipe.data, "train"))
     patients = min(patients, recipe.data.patients or patients)
+    found = []
+    if recipe.train.batch == "auto":
+
+        def build(tried: Recipe) -> Pretraining:
+            return build_pretraining(tried, data, device=str(where))
+
+        recipe, line = settle_batch(
+            recipe, build=build, patients=patients, device=where, ranks=ranks, recorded=recorded
+        )
+        found.append(line)
+    if recipe.train.patients() % ranks.size:
+        near = max(1, round(recipe.train.patients() / ranks.size)) * ranks.size
+        raise ConfigError(
+            f"train.batch: {recipe.train.patients()} patients don't share out among {ranks.size} ranks; take {near}, "
+            f"or another number of processes"
+        )
+    recipe = at_spacing(recipe, cache_spacing_mm(cache))
     recipe, reasons = settle(recipe, patients=patients, recorded=recorded)
+    reasons = [*found, *reasons]
     train = recipe.train
     torch.manual_seed(micro_seed(recipe.seed, _BUILD))
     gather = ranks.gather()
@@ -176,6 +191,8 @@ def build_pretraining(
     if getattr(method, "needs_correspondences", False):  # the method decides it, as the data decides the spacing
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, correspondences=True))
         reasons = [*reasons, *said_of_correspondences(recipe, cache)]
+    if train.recompute:
+        recompute_blocks(encoder)
     if train.compile:
         for module in method.modules():  # a teacher's encoder, too
             if type(module) is type(encoder):
@@ -187,7 +204,7 @@ def build_pretraining(
 
     def held_out(data_config: CropConfig) -> list[CropBatch]:
         judged = PairCrops(PairCache(data), dataclasses.replace(data_config, patients=None), split=split, seed=0)
-        return [judged.batch(index, train.batch) for index in range(train.eval_batches)]
+        return [judged.batch(index, train.patients()) for index in range(train.eval_batches)]
 
     return Pretraining(
         recipe=recipe,
@@ -217,15 +234,16 @@ def build_method(
     encoder = create_backbone(recipe.backbone.name, **dataclasses.asdict(recipe.backbone.config))
     check_sizes(recipe, encoder)
     encoder = prepare(encoder)
-    batch = recipe.train.batch * recipe.train.accumulate
+    batch = recipe.train.patients() * recipe.train.accumulate
     method = recipe.method.config.build(encoder, total_steps=recipe.train.steps, effective_batch=batch, gather=gather)
     views = recipe.views
     method.check_views(globals_per_slot=views.globals_per_slot, locals_per_slot=views.locals_per_slot)
     if recipe.train.accumulate > 1 and not method.batch_separable:
         raise ConfigError(
             f"train.accumulate: {recipe.train.accumulate}, but {recipe.method.name} with these settings compares the "
-            f"samples of one forward, and would compare micro-batches of {recipe.train.batch}; set train.accumulate to "
-            f"1 and train.batch to what memory holds (dino: or method.centering to ema and koleo_weight to 0)"
+            f"samples of one forward, and would compare micro-batches of {recipe.train.patients()}; set "
+            f"train.accumulate to 1 and train.batch to what memory holds (dino: or method.centering to ema and "
+            f"koleo_weight to 0)"
         )
     return encoder, method
 

@@ -74,7 +74,7 @@ def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "au
         registration_s = registration_seconds(data, parts.crops.patients)
     return Cost(
         steps=train.steps,
-        samples=train.batch * micro_steps,
+        samples=train.patients() * micro_steps,
         patients=len(parts.crops.patients),
         scans=sum(len(set(phases)) for phases in parts.crops.slots.values()),
         voxels=micro_steps * (one.voxels_student + one.voxels_teacher),

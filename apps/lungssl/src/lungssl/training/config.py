@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lungssl.errors import ConfigError
+
 OnCollapse = Literal["warn", "stop", "rollback"]
 
 
@@ -12,9 +14,9 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps. A finished run is extended by raising it and `--resume`."""
-    batch: int = 4
+    batch: int | Literal["auto"] = 4
     """Patients per micro-step, on all ranks together; a step sees batch * accumulate of them, each through both
-    slots."""
+    slots. "auto" (pretraining): as many as fit into half of the free memory, or most of a GPU's, by two real steps."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
     lr: float | Literal["auto"] = 1e-3
@@ -40,6 +42,9 @@ class TrainConfig:
     shard: Literal["none", "full"] = "none"
     """On several processes: `none` keeps all weights on each; `full` shares weights, gradients and moments out (FSDP2),
     for encoders that don't fit. The run is the same, to rounding."""
+    recompute: bool = False
+    """Whether to keep only what goes into each transformer block and make the rest again in the backward pass: less
+    memory for some third more time, and the same numbers."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 100
@@ -59,8 +64,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
         least |= {"keep_checkpoints": 1, "eval_batches": 0, "workers": 0, "lr": 0, "final_lr": 0, "clip": 0}
-        if self.lr == "auto":
-            del least["lr"]
+        for name in ("lr", "batch"):
+            if getattr(self, name) == "auto":
+                del least[name]
         for name, low in least.items():
             if not getattr(self, name) >= low:  # `not >=` also refuses nan
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -68,6 +74,12 @@ class TrainConfig:
             raise ValueError(f"final_lr {self.final_lr} is above lr {self.lr}; set both")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share of the steps in [0, 1), got {self.warmup}")
+
+    def patients(self) -> int:
+        """`batch`, which pretraining has found where it was "auto"; ConfigError where nobody did."""
+        if self.batch == "auto":
+            raise ConfigError("train.batch: auto is for pretraining; give a number of patients here")
+        return self.batch
 
     def rate(self) -> float:
         """The learning rate, which `lungssl.auto_values` has found where it was "auto"."""
@@ -86,6 +98,7 @@ RESUME_MAY_CHANGE = frozenset(
         "workers",
         "compile",
         "shard",
+        "recompute",
         "on_collapse",
     )
 )
