@@ -119,6 +119,26 @@ def test_any_number_of_tokens(backend: Backend, tokens: int) -> None:
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("dim", "heads", "pairs"), [(6, 1, 3), (12, 2, 1), (33, 3, 5), (64, 2, 15), (64, 2, 16)])
+def test_heads_of_any_width_and_strided_inputs(backend: Backend, dim: int, heads: int, pairs: int) -> None:
+    _, norm, joint, out = inputs("attention", COUNTS, dim=dim)
+    rows = torch.randn(29, 2 * dim)[:, ::2].requires_grad_()
+    strided = Affine(*(torch.stack([part, part], dim=1)[:, 0] for part in norm))
+    function = partial(residual_attention, counts=[torch.Size([0, 5]), *COUNTS], heads=heads)
+    rotation = rotations([torch.Size([0, 5]), *COUNTS], pairs, each=True, dtype=torch.float32)
+    results = []
+    for by in (backend, "reference"):
+        result = function(rows, strided, joint, out, rotation=rotation, backend=by)
+        leaves = [rows, *norm, *joint, *out]
+        first = torch.autograd.grad(result.sin().sum(), leaves, retain_graph=True)
+        again = torch.autograd.grad(result.sin().sum(), leaves)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        results.append([result, *first])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_is_torchs_encoder_layer(backend: Backend) -> None:
     torch.manual_seed(1)

@@ -34,6 +34,7 @@ def residual_attention_cpp(
 ) -> Float[Tensor, "_r d"]:
     """See `lungssl_ops.transformer.residual_attention`; of the first tokens alone, it makes all and drops the rest."""
     sizes = _sizes(counts, heads, rows.shape[1] // heads, rotation)
+    norm = Affine(*(part.contiguous() for part in norm))
     found: Tensor = _Attention.apply(rows, *norm, *joint, *out, scale, sizes, eps, _products())  # pyright: ignore[reportAssignmentType]
     if first is None:
         return found
@@ -52,6 +53,7 @@ def residual_mlp_cpp(
 ) -> Float[Tensor, "r d"]:
     """See `lungssl_ops.transformer.residual_mlp`."""
     sizes = _sizes(counts, 1, rows.shape[1], None)
+    norm = Affine(*(part.contiguous() for part in norm))
     return _Mlp.apply(rows, *norm, *widen, *narrow, scale, sizes, eps, _products())  # pyright: ignore[reportReturnType]
 
 
