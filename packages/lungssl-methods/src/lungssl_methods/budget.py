@@ -175,16 +175,6 @@ def _attention(
     return flops, (flops * 5 // 2 if fused else 2 * flops) if query.requires_grad else 0
 
 
-def _multi_head_attention(
-    _out: Any, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *_: Any, **__: Any
-) -> _Cost:
-    """Four projections of `width`, all of them trained, around attention; tensors are (tokens, batch, width)."""
-    n, b, m = *query.shape[:2], len(key)
-    projections = 2 * b * width * width * (2 * n + 2 * m)
-    attention = 4 * b * n * m * width
-    return projections + attention, 2 * projections + attention * 5 // 2
-
-
 def _prototypes(_out: Any, student: Tensor, teacher: Tensor, prototypes: Tensor, *arguments: Any, **_: Any) -> _Cost:
     """Logits of both sides and, in the forward already, the gradients that are wanted (`lungssl_ops.prototype_ce`)."""
     (s, b, d), t, k = student.shape, len(teacher), len(prototypes)
@@ -203,7 +193,6 @@ _RULES: dict[Any, Callable[..., _Cost]] = {
     torch.Tensor.__matmul__: _matmul,
     torch.cdist: _distances,
     F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _multi_head_attention,
     torch.ops.lungssl_ops.prototype_ce_rows.default: _prototypes,
 }
 
