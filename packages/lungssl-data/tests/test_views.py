@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lungssl_data.batch import HU_WINDOW, CropBatch
+from lungssl_data.batch import HU_WINDOW, CropBatch, View
 from lungssl_data.views import BREATH_AXES, ViewConfig, rotation, synthetic_breath
+from torch import Tensor
 
 QUIET = {"noise_hu": (0.0, 0.0), "shift_hu": 0.0, "gamma": (1.0, 1.0)}
 
@@ -236,3 +237,36 @@ def test_a_view_says_its_shift_and_gamma() -> None:
         torch.testing.assert_close(view.image.mean(dim=(1, 2, 3, 4)), expected, atol=1e-4, rtol=0)
         assert view.shift_hu.abs().min() > 0.1 and (view.gamma - 1).abs().min() > 0.001
     assert config.build().plain(crops).views[0].gamma is None
+
+
+def test_fields_that_are_made_later_are_made_once_and_in_float32() -> None:
+    made: list[str] = []
+    matrices, whole = torch.full((1, 3, 2, 2, 2), 1.001), torch.ones(1, 2, 2, 2, dtype=torch.bool)
+
+    def coords_mm() -> Tensor:
+        made.append("coords_mm")
+        return matrices @ matrices  # autocast would round it
+
+    def lung() -> Tensor:
+        made.append("lung")
+        return whole
+
+    known = {"image": torch.zeros(1, 1, 2, 2, 2), "valid": whole, "slot": 1, "kind": "local"}
+    view = View.later({"coords_mm": coords_mm, "lung": lung}, **known)
+    assert made == [] and view.partner_mm is None and view.slot == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(view.coords_mm, view.coords_mm)
+    assert torch.equal(view.coords_mm, matrices @ matrices) and made == ["coords_mm"]
+    moved = replace(view, kind="global")
+    assert moved.kind == "global" and moved.lung.all() and made == ["coords_mm", "lung"]
+    with pytest.raises(AttributeError, match="a view has no colour"):
+        _ = view.colour
+    with pytest.raises(TypeError, match="a view needs coords_mm, lung"):
+        View.later({}, **known)
+
+
+def test_a_sampler_makes_no_positions_that_nobody_reads() -> None:
+    batch = ViewConfig(global_vox=8, locals_per_slot=0).build()(coordinate_crops(), torch.Generator().manual_seed(0))
+    for view in batch.views:
+        assert {"coords_mm", "lung"}.isdisjoint(view.__dict__)
+        assert view.coords_mm.shape == (len(view.image), 3, 8, 8, 8) and view.lung.dtype == torch.bool

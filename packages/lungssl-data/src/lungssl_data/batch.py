@@ -7,8 +7,9 @@ sees the same number of views, and the method reads from `slot_phase` what a pai
 Arrays are (z, y, x), points and affines (x, y, z) in LPS millimetres.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int16, Int64, UInt8
@@ -72,6 +73,30 @@ class View:
     gamma: Float32[Tensor, " b"] | None = None
     slot: Literal[0, 1]
     kind: Literal["global", "local"]
+
+    @classmethod
+    def later(cls, made: dict[str, Callable[[], Tensor]], **known: Any) -> "View":
+        """A view of what is `known`, and of fields that are made when they are first read: not all methods read all.
+
+        Raises TypeError where a field is missing that has no default.
+        """
+        if missing := {f.name for f in fields(cls) if f.default is MISSING} - made.keys() - known.keys():
+            raise TypeError(f"a view needs {', '.join(sorted(missing))}")
+        view = object.__new__(cls)
+        defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING and f.name not in made}
+        for name, value in {**defaults, **known, "_made": made}.items():
+            object.__setattr__(view, name, value)
+        return view
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Of fields that aren't there yet."""
+        make = self.__dict__.get("_made", {}).get(name)
+        if make is None:
+            raise AttributeError(f"a view has no {name}")
+        # As before the pass that reads it: positions are float32 and have no gradient.
+        with torch.no_grad(), torch.autocast(self.image.device.type, enabled=False):
+            object.__setattr__(self, name, make())
+        return self.__dict__[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ A view samples its block at centre + zoom * rotation * offset + elastic, once. I
 voxel that it sampled, so any two views of a scan correspond exactly, and views of two phases through the pair's map.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -244,23 +245,29 @@ def _sample(crops: CropBatch, kind: Kind, side: int, drawn: list[_Drawn]) -> lis
     def masks(data: Tensor, rule: Literal["nearest", "wholly"]) -> tuple[Tensor, ...]:
         return mask_views(data.flatten(0, 1).view(torch.uint8), table, size, rule=rule).split(batch)
 
-    voxel_to_mm = crops.voxel_to_mm.flatten(0, 1)[block.to(crops.voxel_to_mm.device)]
+    @functools.cache
+    def coords_mm() -> tuple[Tensor, ...]:
+        voxel_to_mm = crops.voxel_to_mm.flatten(0, 1)[block.to(crops.voxel_to_mm.device)]
+        return view_coords_mm(table, size, voxel_to_mm).split(batch)
+
+    @functools.cache
+    def lung() -> tuple[Tensor, ...]:
+        return masks(crops.lung, "nearest")
+
     images = ct_views(crops.ct_hu.flatten(0, 1), table, size, fill_hu=None).split(batch)
-    coords_mm = view_coords_mm(table, size, voxel_to_mm).split(batch)
     partner_mm: list[Tensor | None] = [None] * len(drawn)
     if crops.partner_mm is not None:
         for i, one in enumerate(drawn):
             if one.slot == 0:
-                partner_mm[i] = _partner_mm(crops, crops.partner_mm, coords_mm[i])
-    valid, lung = masks(crops.valid, "wholly"), masks(crops.lung, "nearest")
+                partner_mm[i] = _partner_mm(crops, crops.partner_mm, coords_mm()[i])
+    valid = masks(crops.valid, "wholly")
     labels = None if crops.labels is None else masks(crops.labels, "nearest")
     return [
-        View(
+        View.later(
+            {"coords_mm": lambda i=i: coords_mm()[i], "lung": lambda i=i: lung()[i] > 0},
             image=images[i],
-            coords_mm=coords_mm[i],
             partner_mm=partner_mm[i],
             valid=valid[i] > 0,
-            lung=lung[i] > 0,
             labels=None if labels is None else labels[i],
             shift_hu=None if one.shift_hu is None else one.shift_hu.to(images[i].device),
             gamma=None if one.gamma is None else one.gamma.to(images[i].device),
