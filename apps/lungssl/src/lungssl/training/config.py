@@ -16,7 +16,7 @@ class TrainConfig:
     """Optimizer steps. A finished run is extended by raising it and `--resume`."""
     batch: int | Literal["auto"] = 4
     """Patients per micro-step, on all ranks together; a step sees batch * accumulate of them, each through both
-    slots. "auto" (pretraining): as many as fit into half of the free memory, or most of a GPU's, by two real steps."""
+    slots. "auto" (pretraining): as many as fit a third of the free memory, or most of a GPU's, by two real steps."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
     lr: float | Literal["auto"] = 1e-3

@@ -15,9 +15,10 @@ import torch
 from lungssl_ops.measure import peak_mb
 from torch import Tensor
 
-CPU_SHARE, GPU_SHARE = 0.5, 0.85
-"""Of the free memory that tensors may take. On a CPU half, which leaves room for other processes and the page cache; on
-a GPU all but what fragments, and what cuBLAS and cuDNN take for themselves."""
+CPU_SHARE, GPU_SHARE = 0.33, 0.85
+"""Of the free memory that tensors may take. On a CPU a third: a process took 1.3 to 2.4 times as much for each patient
+as its tensors (`mae_resenc_tiny`, `dino_vit_nano`: crops that are read, kernels' own memory, holes), and others want
+some; on a GPU all but what fragments, and what cuBLAS and cuDNN take for themselves."""
 MOST = 256
 """Patients of a micro-step: beyond, more of them teach a small encoder little."""
 
