@@ -149,6 +149,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def program() -> int:
+    """What the command `lungssl` runs: `main`; one of several ranks then ends at once.
+
+    torch's teardown at the end of a process has aborted ranks whose work was done ("terminate called without an active
+    exception", seen after a restart), for which torchrun starts all of them again.
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _usage(error: Any) -> int:
     """A command line that Typer cannot make sense of."""
     context = getattr(error, "ctx", None)
