@@ -107,6 +107,12 @@ def faults(folder: Path) -> dict[str, Any]:
     found["stopped"].append(runs.launch(2, trained(data, out, resume=True)))
     found["same_figures"] = runs.untimed(whole) == runs.untimed(out)
     found["same_state"] = _furthest(state(whole, "mae_vit_nano", data), state(out, "mae_vit_nano", data))
+    kept, again = folder / "kept", folder / "again"
+    for out, recompute in ((kept, "false"), (again, "true")):
+        launched = runs.launch(2, trained(data, out, "train.precision=bf16", f"train.recompute={recompute}"))
+        found[f"bf16_{out.name}"] = launched
+    found["again_same_figures"] = runs.untimed(kept) == runs.untimed(again) != runs.untimed(whole)
+    found["again_same_state"] = _furthest(state(kept, "mae_vit_nano", data), state(again, "mae_vit_nano", data))
     # Two ranks, then one with all weights, then two again: steps 1 to 2, 3 to 4, 5 to 6.
     out = folder / "moved"
     found["moved"] = [runs.launch(2, trained(data, out, fault=(0, 1, "SIGTERM")))]

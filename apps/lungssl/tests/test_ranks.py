@@ -77,6 +77,12 @@ def test_a_batch_that_does_not_share_out_is_refused_with_one_that_does(troubled:
     assert "5 patients don't share out among 2 ranks; take 4" in troubled["stderr"]
 
 
+def test_an_automatic_batch_shares_out_and_is_no_more_than_the_patients(troubled: dict[str, Any]) -> None:
+    codes, log = troubled["auto"]
+    assert codes == [0, 0]
+    assert log.count("train.batch: 2  (a step holds ") == 1  # of three training patients
+
+
 def test_batch_norms_across_ranks_need_a_gpu() -> None:
     normed, plain, two = nn.Sequential(nn.BatchNorm3d(2)), nn.Sequential(nn.GroupNorm(1, 2)), Ranks(size=2)
     cpu = ALONE.device("cpu")

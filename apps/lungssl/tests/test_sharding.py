@@ -54,6 +54,12 @@ def test_a_sharded_run_that_is_stopped_goes_on_bit_exactly(runs: dict[str, Any])
 
 
 @gloo
+def test_blocks_made_again_in_bf16_give_the_same_bits(runs: dict[str, Any]) -> None:
+    assert runs["bf16_kept"] == runs["bf16_again"] == [0, 0]
+    assert runs["again_same_figures"] and runs["again_same_state"] == 0.0
+
+
+@gloo
 def test_a_sharded_run_moves_to_one_process_and_back_where_it_is_told_to(runs: dict[str, Any]) -> None:
     assert runs["moved"] == [[0, 0], [2], [0], [0, 0]]
     assert "this is one; start several with torchrun, or set train.shard=none" in runs["stderr"]

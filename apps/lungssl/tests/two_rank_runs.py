@@ -220,6 +220,8 @@ def faults(folder: Path) -> dict[str, Any]:
     found["nan"] = {"codes": launch(2, trained(data, out, fault=(1, 3, "nan"))), "newest": newest(out)}
     found["nan"]["kept"] = sorted(path.name for path in (out / "nan").iterdir())
     found["odd"] = launch(2, trained(data, folder / "odd", "train.batch=5"))
+    found["auto"] = [launch(2, trained(data, folder / "auto", "train.batch=auto"))]
+    found["auto"].append((folder / "auto/train.log").read_text())
     # Two ranks, then one, then two again: steps 1 to 2, 3 to 4, 5 to 6.
     out = folder / "moved"
     found["moved"] = [launch(2, trained(data, out, fault=(0, 1, "SIGUSR1")))]

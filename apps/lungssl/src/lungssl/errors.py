@@ -28,7 +28,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return OUT_OF_MEMORY, (
             f"out of memory ({text[:120]}); lower train.batch (and raise train.accumulate) or let "
             f"train.batch=auto find it, set train.recompute=true with a transformer, then lower data.crop_vox and "
@@ -57,6 +57,17 @@ def explain(error: BaseException) -> tuple[int, str]:
     return FAILED, f"{type(error).__name__}: {text} (a bug in lungssl? --debug shows where)"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, of the CPU or of an accelerator."""
+    # torch.OutOfMemoryError on accelerators; torch's CPU allocator raises a bare RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where something close is known, else the list of all."""
     known = list(known)
@@ -67,13 +78,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _rank_gone(error: BaseException) -> bool:
     # gloo raises a bare RuntimeError with its source file in it, NCCL a DistBackendError.
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError on accelerators; torch's CPU allocator raises a bare RuntimeError.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    )

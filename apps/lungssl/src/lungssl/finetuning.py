@@ -128,8 +128,6 @@ def build_finetuning(
         raise ConfigError(f"task.name {recipe.task.name!r}: this command is for segment; give its name as TASK")
     recipe, backbone = encoder_of(recipe, encoder, cache)
     check_sizes(recipe, backbone)
-    if recipe.train.recompute:
-        recompute_blocks(backbone)
     patients = usable_patients(cache, recipe.data, "train")
     if labels.patients is not None:
         patients = draw_patients(patients, labels.patients, draw=labels.draw)
@@ -152,8 +150,10 @@ def build_finetuning(
 def encoder_of(recipe: Recipe, weights: Path | None, cache: PairCache) -> tuple[Recipe, Encoder]:
     """The encoder of a file, or the recipe's backbone with random weights for the cache's voxels; and the new recipe.
 
-    Seeds torch's generator with the recipe's seed. Raises ConfigError where the file's is for other voxels.
+    Seeds torch's generator with the recipe's seed. Raises ConfigError where the file's is for other voxels, for
+    `train.batch: auto`, and for `train.recompute` of an encoder without transformer blocks.
     """
+    recipe.train.patients()
     torch.manual_seed(recipe.seed)
     if weights is None:
         recipe = at_spacing(recipe, cache_spacing_mm(cache))
@@ -164,6 +164,8 @@ def encoder_of(recipe: Recipe, weights: Path | None, cache: PairCache) -> tuple[
         check_spacing(f"--encoder {weights}", backbone.spacing_mm, cache)
         recipe = dataclasses.replace(recipe, backbone=Part(name=backbone.name, config=backbone.config))
     assert isinstance(backbone, Encoder)
+    if recipe.train.recompute:
+        recompute_blocks(backbone)
     return recipe, backbone
 
 

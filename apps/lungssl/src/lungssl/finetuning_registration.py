@@ -24,7 +24,6 @@ from lungssl.finetuning import Labels, encoder_of, file_sha256
 from lungssl.training.loop import fit
 from lungssl.training.precision import autocast, pick_device
 from lungssl.training.ranks import check_alone
-from lungssl.training.recompute import recompute_blocks
 from lungssl.training.run_folder import RunFolder
 from lungssl.training.step_cost import measure_steps
 
@@ -84,8 +83,6 @@ def build(
     where = pick_device(device)
     config = recipe.task.config
     recipe, backbone = encoder_of(recipe, encoder, cache)
-    if recipe.train.recompute:
-        recompute_blocks(backbone)
     try:
         task = (config.build(backbone, len(LOBE_NAMES)) if name == "joint" else config.build(backbone)).to(where)
     except ValueError as error:
@@ -102,7 +99,7 @@ def build(
             labelled = draw_patients(labelled, labels.patients, draw=labels.draw)
     elif labels.patients is not None:
         patients = draw_patients(patients, labels.patients, draw=labels.draw)
-    judged = paired(cache, "val")[: recipe.train.eval_batches * recipe.train.batch]
+    judged = paired(cache, "val")[: recipe.train.eval_batches * recipe.train.patients()]
     multiple = task.model.multiple
     held_out = []
     if judged:

@@ -172,7 +172,7 @@ def build_pretraining(
             return build_pretraining(tried, data, device=str(where))
 
         recipe, line = settle_batch(
-            recipe, build=build, patients=patients, device=where, ranks=ranks, recorded=recorded
+            recipe, data=data, build=build, patients=patients, device=where, ranks=ranks, recorded=recorded
         )
         found.append(line)
     if recipe.train.patients() % ranks.size:

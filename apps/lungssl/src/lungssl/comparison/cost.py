@@ -45,9 +45,17 @@ class Cost:
 
 
 def measure(run: Pretrain, data: Path, *, test: Sequence[str], device: str = "auto") -> Cost:
-    """From one forward on the run's first batch. Raises ConfigError where the run would see a test patient."""
+    """From one forward on the run's first batch.
+
+    Raises ConfigError where the run would see a test patient, and for `train.batch: auto`.
+    """
     if not run.pretrained:
         return Cost(steps=0, samples=0, patients=0, scans=0, voxels=0, tokens=0, flops=0, displacement="")
+    if run.recipe.train.batch == "auto":
+        raise ConfigError(
+            f"arm {run.arm}: train.batch: auto takes what the machine's memory holds, and arms are compared at equal "
+            f"numbers; give one, e.g. what `lungssl pretrain --dry-run train.batch=auto` finds"
+        )
     parts = build_pretraining(run.recipe, data, device=device)
     stride = parts.method.export_encoder().token_stride_vox
     if run.window_vox % stride:

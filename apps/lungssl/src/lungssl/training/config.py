@@ -16,7 +16,7 @@ class TrainConfig:
     """Optimizer steps. A finished run is extended by raising it and `--resume`."""
     batch: int | Literal["auto"] = 4
     """Patients per micro-step, on all ranks together; a step sees batch * accumulate of them, each through both
-    slots. "auto" (pretraining): as many as fit a third of the free memory, or most of a GPU's, by two real steps."""
+    slots. "auto" (pretraining): as many as real steps find to fit into half of the free memory, 85 % of a GPU's."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
     lr: float | Literal["auto"] = 1e-3
@@ -44,7 +44,7 @@ class TrainConfig:
     for encoders that don't fit. The run is the same, to rounding."""
     recompute: bool = False
     """Whether to keep only what goes into each transformer block and make the rest again in the backward pass: less
-    memory for some third more time, and the same numbers."""
+    memory for 15 to 30 % more time, and the same numbers. For transformer encoders."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 100
