@@ -1,5 +1,7 @@
 """Steps that hold less, and batches that memory holds."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,7 @@ from lungssl.training.memory import batch_by_doubling, batch_by_line, budget_mb,
 from lungssl.training.precision import autocast
 from lungssl.training.ranks import ALONE, Ranks
 from lungssl.training.recompute import recompute_blocks
+from lungssl.training.sharding import blocks_of
 from lungssl_backbones import create_backbone
 from lungssl_data.cache import PairCache, write_pair
 from lungssl_data.pair import PhasePair, PhaseScan
@@ -78,18 +81,39 @@ def test_blocks_made_again_give_the_same_bits_and_hold_less(
     assert kept_again < 0.6 * kept  # what heads and decoders keep stays
 
 
-def test_names_of_weights_stay_and_copies_make_their_blocks_again_too() -> None:
-    import copy
+def _kept(encoder: torch.nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Tokens, and how many numbers are kept for the backward pass."""
+    kept = 0
 
-    encoder = create_backbone("vit3d_nano")
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    torch.manual_seed(0)  # of branches that are dropped
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        return encoder(x).tokens, kept
+
+
+@pytest.mark.parametrize("name", ["vit3d_nano", "primus_ti"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_names_of_weights_stay_and_copies_make_their_blocks_again_too(
+    again: Callable[[torch.nn.Module], torch.nn.Module], name: str
+) -> None:
+    encoder, x = create_backbone(name), torch.rand(1, 1, 16, 16, 16)
     names = list(encoder.state_dict())
+    tokens, kept = _kept(encoder, x)
     recompute_blocks(encoder)
-    twin = copy.deepcopy(encoder)
-    assert list(encoder.state_dict()) == names
+    twin = again(encoder)
+    assert list(encoder.state_dict()) == list(twin.state_dict()) == names
+    for one in (encoder, twin):
+        tokens_again, kept_again = _kept(one, x)
+        assert torch.equal(tokens_again, tokens) and kept_again < 0.5 * kept
     with torch.no_grad():
-        twin.blocks[0].qkv.weight.zero_()  # pyright: ignore
-    x = torch.rand(1, 1, 16, 16, 16)
-    assert not torch.equal(twin(x).tokens, encoder(x).tokens)  # each its own weights
+        for parameter in blocks_of(twin)[0].parameters():
+            parameter.zero_()
+    assert not torch.equal(_kept(twin, x)[0], tokens)  # each its own weights
+    assert torch.equal(_kept(encoder, x)[0], tokens)
 
 
 def test_fine_tuning_makes_blocks_again_too(tiny_pair: ModuleType, noise_cohort: Path) -> None:
@@ -97,12 +121,7 @@ def test_fine_tuning_makes_blocks_again_too(tiny_pair: ModuleType, noise_cohort:
     for again in ("false", "true"):
         recipe = tiny_pair.load_recipe("finetune/segment", ["backbone.name=vit3d_nano", f"train.recompute={again}"])
         _, encoder = encoder_of(recipe, None, PairCache(noise_cohort))
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, sizes=sizes: (sizes.append(tensor.numel()), tensor)[1], lambda tensor: tensor
-        ):
-            encoder(torch.rand(1, 1, 32, 32, 32))
-        kept.append(sum(sizes))
+        kept.append(_kept(encoder, torch.rand(1, 1, 32, 32, 32))[1])
     assert kept[1] < 0.5 * kept[0]
 
 

@@ -44,7 +44,7 @@ class TrainConfig:
     for encoders that don't fit. The run is the same, to rounding."""
     recompute: bool = False
     """Whether to keep only what goes into each transformer block and make the rest again in the backward pass: less
-    memory for 15 to 30 % more time, and the same numbers. For transformer encoders."""
+    memory for some 20 % more time, and the same numbers. For transformer encoders."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 100

@@ -5,6 +5,7 @@ bit: dropped branches are drawn again from the same state.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lungssl.training.sharding import blocks_of
 
 
 def recompute_blocks(encoder: nn.Module) -> None:
-    """Change an encoder's transformer blocks in place; names of weights stay, and copies of it do the same.
+    """Change an encoder's transformer blocks in place; names of weights stay, and (pickled) copies of it do the same.
 
     Call it before `sharded`, and after teachers were copied, which keep nothing anyway. Raises ConfigError for encoders
     without transformer blocks.
@@ -28,17 +29,10 @@ def recompute_blocks(encoder: nn.Module) -> None:
             f"none; take a vit3d_* or primus_* backbone, or set train.recompute=false and lower train.batch"
         )
     for block in blocks:
-        block.__class__ = _recomputing(type(block))  # not a module around it, whose weights would have other names
+        block.forward = functools.partial(_again, block.forward)  # a module around it would rename its weights
 
 
-class _Recomputed:
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        plain = super().forward  # pyright: ignore[reportAttributeAccessIssue] (of the block's own class)
-        if torch.is_grad_enabled():
-            return checkpoint(plain, *arguments, use_reentrant=False, **named)
-        return plain(*arguments, **named)
-
-
-@functools.cache
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+def _again(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+    return forward(*arguments, **named)
